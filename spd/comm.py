@@ -1,0 +1,139 @@
+"""The shards a process hosts, and what a sync point does between them.
+
+`tp` logical shards fix the numbers; `world` processes host `k = tp / world` of them each, in lock-step. A sync
+sums over the hosted shards first and then, in one collective, over the processes.
+"""
+
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from spd.errors import SPDError
+from spd.plan import DROP, FULL, Policy
+
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Link:
+    """The slowest hop of a ring: bytes a second, and seconds of latency of one all-reduce."""
+
+    bandwidth: float
+    latency: float
+    spec: str = ""
+
+    @classmethod
+    def parse(cls, spec: str) -> "Link":
+        """From `10GBps,20us` (bytes, not bits). Raises SPDError showing the form."""
+        number = r"(\d+(?:\.\d+)?)"
+        match = re.fullmatch(rf"{number}\s*([KMGT]?)Bps\s*,\s*{number}\s*(ns|us|ms|s)", spec.strip())
+        if not match or float(match[1]) == 0:
+            raise SPDError(f"'{spec}' is not a link; the form is BANDWIDTH,LATENCY as in '10GBps,20us'.")
+        return cls(float(match[1]) * _UNITS[match[2]], float(match[3]) * _SECONDS[match[4]], spec.strip())
+
+    def all_reduce_seconds(self, payload: int, participants: int) -> float:
+        """Ring all-reduce of `payload` bytes: latency + 2 (n-1)/n payload / bandwidth; none among one."""
+        if participants == 1:
+            return 0.0
+        return self.latency + 2 * (participants - 1) / participants * payload / self.bandwidth
+
+
+@dataclass
+class Collective:
+    """What the all-reduces of one sync point have cost so far."""
+
+    count: int = 0
+    bytes: int = 0
+    real_seconds: float = 0.0
+    emulated_seconds: float = 0.0
+
+
+@dataclass
+class Stream:
+    """The residual stream, in parts.
+
+    `x` (B, T, D) is synchronised: equal on every shard. `pending` (S, B, T, D) is what each hosted shard has
+    produced and not yet shared, or None where nothing is.
+    """
+
+    x: torch.Tensor
+    pending: torch.Tensor | None = None
+
+    def read(self) -> torch.Tensor:
+        """What the shards' next sublayer sees: (S, B, T, D), or (1, B, T, D) where all see the same."""
+        return self.x[None] if self.pending is None else self.x + self.pending
+
+    def produce(self, partial: torch.Tensor, bias: torch.Tensor | None) -> "Stream":
+        """Adds the shards' partial outputs (S, B, T, D) to the pending part, and a bias (D,) to `x`, once."""
+        x = self.x if bias is None else self.x + bias
+        return Stream(x, partial if self.pending is None else self.pending + partial)
+
+
+@dataclass
+class Shards:
+    """The `k` shards hosted by process `rank` of `world`, with the collectives that join them all.
+
+    `silent` leaves the collectives out: the numbers are then wrong, which is what a bound on latency wants.
+    """
+
+    tp: int = 1
+    rank: int = 0
+    world: int = 1
+    group: dist.ProcessGroup | None = None
+    link: Link | None = None
+    silent: bool = False
+    collectives: dict[str, Collective] = field(default_factory=lambda: defaultdict(Collective))
+
+    def __post_init__(self):
+        if self.tp % self.world:
+            raise SPDError(f"tp={self.tp} is not a multiple of the {self.world} processes that share it.")
+
+    @property
+    def k(self) -> int:
+        return self.tp // self.world
+
+    @property
+    def hosted(self) -> range:
+        """Numbers of the logical shards hosted here."""
+        return range(self.rank * self.k, (self.rank + 1) * self.k)
+
+    def sync(self, stream: Stream, policy: Policy, point: str) -> Stream:
+        """Moves the pending part on as `policy` says; `point` names the sync point in the count."""
+        if policy is DROP or stream.pending is None:
+            return stream
+        if policy is FULL:
+            mine = stream.pending[0] if self.k == 1 else stream.pending.sum(0)
+            return Stream(stream.x + self.all_reduce(mine, point))
+        raise NotImplementedError(f"policy {policy.name}")
+
+    def flush(self, stream: Stream) -> Stream:
+        """Synchronises whatever is still pending after the last block."""
+        return self.sync(stream, FULL, "flush")
+
+    def all_reduce(self, tensor: torch.Tensor, point: str) -> torch.Tensor:
+        """Sum of `tensor` over the processes, in place; counted and timed on the CPU's clock."""
+        if self.silent:
+            return tensor
+        payload = tensor.numel() * tensor.element_size()
+        start = time.perf_counter()
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.group)
+        reached = time.perf_counter()
+        if self.link is not None:
+            until = reached + self.link.all_reduce_seconds(payload, self.tp)
+            while time.perf_counter() < until:  # a sleep would take 100 us at the least
+                pass
+        spent = self.collectives[point]
+        spent.count += 1
+        spent.bytes += payload
+        spent.real_seconds += reached - start
+        spent.emulated_seconds += time.perf_counter() - reached
+        return tensor
+
+    def reset_counters(self) -> None:
+        self.collectives.clear()

@@ -1,0 +1,175 @@
+"""Shape of a LLaMA model: read from a Hugging Face `config.json` or chosen by name, validated in words."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from spd.errors import SPDError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length seen
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA decoder's shape. Letters as in the docstrings of `model.py`."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # width of the MLP
+    num_blocks: int  # L
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K, key/value heads
+    head_dim: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        if self.rope["rope_type"] not in ROPE_TYPES:
+            raise SPDError(
+                f"RoPE scaling of type '{self.rope['rope_type']}' is not supported; supported: {', '.join(ROPE_TYPES)}."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise SPDError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly.")
+
+    def degrees(self) -> list[int]:
+        """Every tensor-parallel degree that this shape allows."""
+        return [tp for tp in range(1, self.num_heads + 1) if not self._obstacles(tp)]
+
+    def validate_tp(self, tp: int) -> None:
+        """Raises SPDError, naming the degrees that would do, unless `tp` divides the heads and the MLP."""
+        obstacles = self._obstacles(tp)
+        if obstacles:
+            would = ", ".join(map(str, self.degrees()))
+            raise SPDError(f"tp={tp} is impossible: {' and '.join(obstacles)}; valid: {would}.")
+
+    def _obstacles(self, tp: int) -> list[str]:
+        if tp < 1:
+            return ["it must be at least 1"]
+        found = []
+        if self.num_heads % tp:
+            found.append(f"{self.num_heads} heads cannot be split over it")
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            found.append(f"{self.num_kv_heads} key/value heads can be neither split nor replicated evenly over it")
+        if self.intermediate_size % tp:
+            found.append(f"{self.intermediate_size} MLP neurons cannot be split over it")
+        return found
+
+    def parameters(self) -> int:
+        """Number of parameters of the dense model."""
+        d, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_heads * hd, self.num_kv_heads * hd
+        block = 2 * d * q + 2 * d * kv + 3 * d * f + 2 * d
+        block += (q + 2 * kv + d) * self.attention_bias + (2 * f + d) * self.mlp_bias
+        return self.num_blocks * block + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+
+    def rotary_frequencies(self) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (head_dim / 2,) and the factor on cosine and sine, after RoPE scaling."""
+        if self.rope["rope_type"] == "default":
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float, device="cpu") / self.head_dim
+            return self.rope["rope_theta"] ** -exponents, 1.0
+        return ROPE_INIT_FUNCTIONS[self.rope["rope_type"]](self.to_hf(), torch.device("cpu"))
+
+    def to_hf(self) -> LlamaConfig:
+        """The same shape for transformers."""
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_blocks,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_positions,
+            rms_norm_eps=self.norm_eps,
+            rope_parameters=dict(self.rope),
+            tie_word_embeddings=self.tie_embeddings,
+            attention_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias,
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_hf(cls, source: dict) -> "ModelConfig":
+        """From the content of a `config.json`; both `rope_parameters` and the older keys are understood.
+
+        Raises:
+            SPDError: another architecture, another activation, or a value that makes no LLaMA.
+        """
+        kind = source.get("model_type")
+        if kind != "llama":
+            raise SPDError(f"The model is of type '{kind}'; only LLaMA models (model_type 'llama') are supported.")
+        if source.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise SPDError(f"Activation '{source['hidden_act']}' is not LLaMA's; only 'silu' is supported.")
+        try:
+            hf = LlamaConfig(**{key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")})
+        except Exception as error:  # transformers validates with several exception types
+            reason = " ".join(str(error).split())
+            raise SPDError(f"The model's config.json is not a valid LLaMA configuration: {reason}") from error
+        eos = hf.eos_token_id
+        return cls(
+            vocab_size=hf.vocab_size,
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_blocks=hf.num_hidden_layers,
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads,
+            head_dim=hf.head_dim,
+            max_positions=hf.max_position_embeddings,
+            norm_eps=hf.rms_norm_eps,
+            rope=dict(hf.rope_parameters),
+            tie_embeddings=hf.tie_word_embeddings,
+            attention_bias=hf.attention_bias,
+            mlp_bias=hf.mlp_bias,
+            eos_token_ids=tuple([] if eos is None else eos if isinstance(eos, list) else [eos]),
+            pad_token_id=hf.pad_token_id,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        path = folder / "config.json"
+        try:
+            source = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise SPDError(f"{folder} holds no config.json, so it is not a Hugging Face model folder.") from None
+        except json.JSONDecodeError as error:
+            raise SPDError(f"{path} is not valid JSON ({error}).") from error
+        return cls.from_hf(source)
+
+
+def _llama(layers, hidden, heads, kv_heads, mlp, vocab=32000, positions=4096, **more) -> ModelConfig:
+    return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, hidden // heads, positions, **more)
+
+
+_LLAMA31_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+_LLAMA32_ROPE = {**_LLAMA31_ROPE, "factor": 32.0}
+
+SHAPES = {
+    "llama2-7b": _llama(32, 4096, 32, 32, 11008),
+    "llama2-13b": _llama(40, 5120, 40, 40, 13824),
+    "llama2-70b": _llama(80, 8192, 64, 8, 28672),
+    "llama3.1-8b": _llama(32, 4096, 32, 8, 14336, 128256, 131072, rope=_LLAMA31_ROPE),
+    "llama3.1-70b": _llama(80, 8192, 64, 8, 28672, 128256, 131072, rope=_LLAMA31_ROPE),
+    "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, 128256, 131072, rope=_LLAMA32_ROPE, tie_embeddings=True),
+    "llama-125m": _llama(12, 768, 12, 12, 2048),
+    "llama-8m": _llama(6, 256, 8, 8, 688, 8192),
+}
+
+
+def named_shape(name: str) -> ModelConfig:
+    """Raises SPDError listing the known names."""
+    if name not in SHAPES:
+        raise SPDError(f"Unknown shape '{name}'; known: {', '.join(SHAPES)}.")
+    return SHAPES[name]

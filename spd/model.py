@@ -1,0 +1,230 @@
+"""The mathematics of a tensor-parallel LLaMA whose sync points follow a plan.
+
+Shapes: B batch, T tokens, D hidden, S shards hosted (1 where all shards see the same input), h query heads and
+g key/value heads of one shard, d head size. Weights of all hosted shards are stacked along S.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spd.comm import Shards, Stream
+from spd.config import ModelConfig
+from spd.plan import Plan, Policy
+
+
+def shard_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each shard's own linear map: (S or 1, B, T, in) with weights (S, out, in) gives (S, B, T, out)."""
+    shards, width, _ = weight.shape
+    if shards == 1 or x.shape[0] == 1:  # one input for all: a single dense product
+        y = F.linear(x[0], weight.flatten(0, 1)).unflatten(-1, (shards, width)).movedim(-2, 0)
+    else:
+        y = torch.bmm(x.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
+    return y if bias is None else y + bias[:, None, None]
+
+
+class Norm(nn.Module):
+    """RMS norm of (S or 1, B, T, D)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class ShardLinear(nn.Module):
+    """Weights (S, out, in) and, where the model has one, a bias (S, out) of a column-parallel layer."""
+
+    def __init__(self, shards: int, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shards, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(shards, outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shard_linear(x, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """A row-parallel layer: each shard gives its part (S, B, T, D) of a sum; the bias (D,) belongs to the sum."""
+
+    def __init__(self, shards: int, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shards, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shard_linear(x, self.weight)
+
+
+class KVCache:
+    """Keys and values of every block, (S, B, g, capacity, d) each, and the number of tokens they hold."""
+
+    def __init__(self, config: ModelConfig, tp: int, k: int, batch: int, capacity: int, dtype, device):
+        shape = (config.num_blocks, 2, k, batch, kv_heads_per_shard(config, tp), capacity, config.head_dim)
+        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens' keys and values after the `length` held; returns all of them."""
+        end = self.length + k.shape[-2]
+        keys, values = self.blocks[block]
+        keys[..., self.length : end, :] = k
+        values[..., self.length : end, :] = v
+        return keys[..., :end, :], values[..., :end, :]
+
+
+def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:
+    """Where tp exceeds the key/value heads they are replicated: one on each shard."""
+    return max(1, config.num_kv_heads // tp)
+
+
+class Rotary(nn.Module):
+    """Cosines and sines (positions, d), computed up to the longest position asked for."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.frequencies, self.factor = config.rotary_frequencies()
+
+    def forward(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, d) each, for positions start..start+T-1, in the dtype of `like`."""
+        positions = torch.arange(start, start + tokens, dtype=torch.float)
+        angles = torch.outer(positions, self.frequencies).repeat(1, 2)
+        return tuple((f(angles) * self.factor).to(like) for f in (torch.cos, torch.sin))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout of Hugging Face checkpoints: (..., T, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, tp: int, k: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.h, self.g = config.num_heads // tp, kv_heads_per_shard(config, tp)
+        wide = (self.h + 2 * self.g) * self.head_dim
+        self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
+        self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
+
+    def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
+        """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)
+        q, k, v = heads.split((self.h, self.g, self.g), dim=2)
+        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        if context.cache is not None:
+            k, v = context.cache.extend(block, k, v)
+        mask = None if context.mask is None else context.mask.repeat(q.shape[0], 1, 1, 1)
+        y = F.scaled_dot_product_attention(
+            *(t.flatten(0, 1) for t in (q, k, v)), mask, is_causal=context.causal, enable_gqa=self.h != self.g
+        )
+        return self.out(y.unflatten(0, q.shape[:2]).transpose(2, 3).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, tp: int, k: int):
+        super().__init__()
+        neurons = config.intermediate_size // tp
+        self.gate_up = ShardLinear(k, config.hidden_size, 2 * neurons, config.mlp_bias)
+        self.down = RowLinear(k, neurons, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """A decoder block. With policies `drop, full` it is the paper's SPD block (section 4.1, figure 3)."""
+
+    def __init__(self, config: ModelConfig, tp: int, k: int):
+        super().__init__()
+        self.attention_norm = Norm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, tp, k)
+        self.mlp_norm = Norm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config, tp, k)
+
+    def forward(
+        self, stream: Stream, policies: tuple[Policy, Policy], shards: Shards, context: "Context", block: int
+    ) -> Stream:
+        y = self.attention(self.attention_norm(stream.read()), context, block)
+        stream = shards.sync(stream.produce(y, self.attention.out.bias), policies[0], "attention")
+        z = self.mlp(self.mlp_norm(stream.read()))
+        return shards.sync(stream.produce(z, self.mlp.down.bias), policies[1], "mlp")
+
+
+class Context:
+    """Where in the sequence a forward pass stands: rotary tables, mask and cache, the same for every block."""
+
+    def __init__(self, rotary: Rotary, x: Tensor, cache: KVCache | None, valid: Tensor | None):
+        """`x` (B, T, D) are the new tokens; `valid` (B, past + T) is False at padding."""
+        past, tokens = cache.length if cache is not None else 0, x.shape[1]
+        self.cache = cache
+        self.rotary = rotary(past, tokens, x)
+        self.causal = valid is None and past == 0 and tokens > 1
+        self.mask = None
+        if not self.causal and (valid is not None or tokens > 1):
+            valid = torch.ones(1, past + tokens, dtype=torch.bool, device=x.device) if valid is None else valid
+            self.mask = attention_mask(past, tokens, valid.expand(x.shape[0], -1))
+
+
+def attention_mask(past: int, tokens: int, valid: Tensor) -> Tensor:
+    """(B, 1, T, past + T), True where a query may look. Padding looks at itself, lest its softmax be empty."""
+    queries = torch.arange(past, past + tokens, device=valid.device)[:, None]
+    keys = torch.arange(past + tokens, device=valid.device)[None]
+    return ((keys <= queries) & valid[:, None, :] | (keys == queries))[:, None]
+
+
+class Transformer(nn.Module):
+    """LLaMA over the shards hosted here; `plan` may be exchanged at any time."""
+
+    def __init__(self, config: ModelConfig, shards: Shards, plan: Plan | None = None):
+        """Raises SPDError where tp does not divide the heads or the MLP. Parameters are left unfilled."""
+        super().__init__()
+        config.validate_tp(shards.tp)
+        self.config, self.shards = config, shards
+        self.plan = Plan.full(config.num_blocks) if plan is None else plan
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, shards.tp, shards.k) for _ in range(config.num_blocks))
+        self.norm = Norm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+
+    def embed(self, tokens: Tensor) -> Stream:
+        """Token ids (B, T) to a stream with nothing pending."""
+        return Stream(self.embedding(tokens))
+
+    def context(self, stream: Stream, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
+        return Context(self.rotary, stream.x, cache, valid)
+
+    def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
+        return self.blocks[i](stream, policies, self.shards, context, i)
+
+    def logits(self, stream: Stream) -> Tensor:
+        """Flushes what is pending; (B, T, vocabulary)."""
+        head = self.embedding if self.head is None else self.head
+        return F.linear(self.norm(self.shards.flush(stream).x), head.weight)
+
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None, last_only: bool = False
+    ) -> Tensor:
+        """Logits (B, T, vocabulary) of token ids (B, T), or (B, 1, vocabulary) of the last ones only.
+
+        `cache` holds the tokens before these and is extended; `valid` (B, past + T) is False at padding.
+        """
+        stream = self.embed(tokens)
+        context = self.context(stream, cache, valid)
+        for i, policies in enumerate(self.plan.blocks):
+            stream = self.run_block(i, stream, policies, context)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        if last_only:
+            stream = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
+        return self.logits(stream)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        weight, shards = self.embedding.weight, self.shards
+        return KVCache(self.config, shards.tp, shards.k, batch, capacity, weight.dtype, weight.device)
