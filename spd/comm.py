@@ -45,7 +45,7 @@ class Link:
 
 @dataclass
 class Collective:
-    """What the all-reduces of one sync point have cost so far."""
+    """What the all-reduces of one sync point have cost so far; seconds are those of CPU collectives alone."""
 
     count: int = 0
     bytes: int = 0
@@ -131,9 +131,15 @@ class Shards:
         spent = self.collectives[point]
         spent.count += 1
         spent.bytes += payload
-        spent.real_seconds += reached - start
-        spent.emulated_seconds += time.perf_counter() - reached
+        if not tensor.is_cuda:  # a GPU's collective is only launched here
+            spent.real_seconds += reached - start
+            spent.emulated_seconds += time.perf_counter() - reached
         return tensor
 
+    def align(self) -> None:
+        """Waits until every process is here, uncounted."""
+        if self.world > 1:
+            dist.barrier(self.group)
+
     def reset_counters(self) -> None:
-        self.collectives.clear()
+        self.collectives = defaultdict(Collective)

@@ -87,7 +87,7 @@ class SPDModel:
         weights.validate(config)
         transformer = build(config, shards, DTYPES[dtype], device)
         load_weights(transformer, weights)
-        loaded = cls(transformer, load_tokenizer(folder), _display_name(model), weights.fingerprint(config))
+        loaded = cls(transformer, load_tokenizer(folder), display_name(model), weights.fingerprint(config))
         loaded.plan = plan or Plan.full(config.num_blocks)
         return loaded
 
@@ -98,7 +98,7 @@ class SPDModel:
         """Random weights of a given shape, for timing."""
         transformer = build(config, shards, DTYPES[dtype], device)
         fill_randomly(transformer, seed)
-        return cls(transformer, None, f"{name} (random weights)", f"random-{seed}")
+        return cls(transformer, None, f"{name} (random weights)", f"random-{name}")
 
     @property
     def config(self) -> ModelConfig:
@@ -125,13 +125,12 @@ class SPDModel:
         return generate(self.transformer, ids, max_new_tokens, sampling or Sampling())
 
     def describe(self) -> dict:
-        """What a record or a plan says of the model."""
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "blocks": self.config.num_blocks,
-            "parameters": self.config.parameters(),
-        }
+        return describe(self.config, self.name, self.fingerprint)
+
+
+def describe(config: ModelConfig, name: str, fingerprint: str) -> dict:
+    """What a record or a plan says of a model."""
+    return {"name": name, "fingerprint": fingerprint, "blocks": config.num_blocks, "parameters": config.parameters()}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -142,5 +141,5 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise SPDError(f"{folder} holds no tokenizer that can be loaded ({type(error).__name__}).") from error
 
 
-def _display_name(model: str | Path) -> str:
+def display_name(model: str | Path) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else str(model)

@@ -1,0 +1,223 @@
+"""Measured latency: time to first token (TTFT) and time per output token (TPOT), one shard a process.
+
+Plans are compared in one run, interleaved: every repetition times each plan once, so that drift of the machine
+meets all of them alike. Three bounds are always measured beside them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spd.checkpoint import SafetensorsFolder
+from spd.comm import Collective, Link
+from spd.config import ModelConfig, named_shape
+from spd.errors import SPDError
+from spd.launch import Runtime, spawn
+from spd.model import Transformer
+from spd.plan import Plan, parse_blocks, read_plan
+from spd.planner import plans_by_percentage, read_sensitivity
+from spd.pretrained import SPDModel, describe, display_name, resolve
+from spd.progress import bar
+from spd.track import hardware
+
+BOUNDS = ("all_full", "all_attention_dropped", "no_communication")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is timed. Exactly one of `model` (a checkpoint) and `shape` (a name, random weights) is given."""
+
+    plans: tuple[str, ...]  # letters
+    model: str | None = None
+    shape: str | None = None
+    batch: int = 1
+    prompt_len: int = 128  # tokens
+    new_tokens: int = 16  # decoded after the prompt to time TPOT; 0 leaves it out
+    link: str | None = None
+    repeats: int = 20
+    warmup: int = 3
+    dtype: str = "float32"
+    seed: int = 0
+
+
+@dataclass
+class _Sample:
+    ttft: float  # seconds
+    tpot: float | None
+    collectives: dict[str, Collective]  # of the prefill
+
+
+def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], None] = lambda n: None) -> dict:
+    """Times the plans and the bounds on this process group; every process must call it.
+
+    Returns:
+        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms` and `collectives` of the prefill by sync point.
+
+    Raises:
+        SPDError: a shape or model that cannot be split over the processes, or a prompt beyond its positions.
+    """
+    if settings.link is not None and runtime.device != "cpu":
+        raise SPDError("An emulated link is waited for on the CPU; on GPUs the real link is measured.")
+    link = Link.parse(settings.link) if settings.link else None
+    model = _model(runtime, settings, link).transformer
+    _check_length(model, settings)
+    blocks = model.config.num_blocks
+    plans = [Plan.from_letters(letters) for letters in settings.plans]
+    bounds = [Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks)), Plan.full(blocks)]
+    cases = [(plan, False) for plan in plans] + list(zip(bounds, (False, False, True), strict=True))
+    samples = _interleaved(model, cases, settings, progress)
+    rows = [_row(plan, silent, taken) for (plan, silent), taken in zip(cases, samples, strict=True)]
+    return {"plans": rows[: len(plans)], "bounds": dict(zip(BOUNDS, rows[len(plans) :], strict=True))}
+
+
+def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDModel:
+    shards = runtime.shards(runtime.world, link)
+    where = {"shards": shards, "dtype": settings.dtype, "device": runtime.device}
+    if settings.shape is not None:
+        return SPDModel.random(named_shape(settings.shape), settings.shape, **where, seed=settings.seed)
+    return SPDModel.from_pretrained(settings.model, **where)
+
+
+def _check_length(model: Transformer, settings: BenchSettings) -> None:
+    total, positions = settings.prompt_len + settings.new_tokens, model.config.max_positions
+    if total > positions:
+        raise SPDError(f"{settings.prompt_len} + {settings.new_tokens} tokens exceed the model's {positions} positions.")
+
+
+@torch.no_grad()
+def _interleaved(model: Transformer, cases: list, settings: BenchSettings, progress) -> list[list[_Sample]]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = (settings.batch, settings.prompt_len)
+    prompt = torch.randint(model.config.vocab_size, size, generator=generator).to(model.embedding.weight.device)
+    cache = model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
+    samples = [[] for _ in cases]
+    for repeat in range(settings.warmup + settings.repeats):
+        for i, (plan, silent) in enumerate(cases):
+            model.plan, model.shards.silent = plan, silent
+            taken = _once(model, prompt, cache, settings.new_tokens)
+            if repeat >= settings.warmup:
+                samples[i].append(taken)
+            progress(1)
+    return samples
+
+
+def _once(model: Transformer, prompt: torch.Tensor, cache, new_tokens: int) -> _Sample:
+    """One prefill up to the first token's choice, then `new_tokens` decode steps."""
+    model.shards.align()
+    model.shards.reset_counters()
+    cache.length = 0
+    start = _clock(prompt)
+    token = model(prompt, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+    first = _clock(prompt)
+    collectives = dict(model.shards.collectives)
+    for _ in range(new_tokens):
+        token = model(token, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+    last = _clock(prompt)
+    return _Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
+
+
+def _clock(like: torch.Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
+
+
+def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
+    return {
+        "plan": str(plan),
+        "blocks_dropped": len(plan.dropped()),
+        "communicates": not silent,
+        "ttft_ms": spread([s.ttft for s in samples]),
+        "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
+        "collectives": {point: _collective(point, samples) for point in samples[0].collectives},
+    }
+
+
+def _collective(point: str, samples: list[_Sample]) -> dict:
+    taken = [s.collectives[point] for s in samples]
+    return {
+        "count": taken[0].count,
+        "bytes": taken[0].bytes,
+        "real_ms": 1e3 * statistics.median(c.real_seconds for c in taken),
+        "emulated_ms": 1e3 * statistics.median(c.emulated_seconds for c in taken),
+    }
+
+
+def spread(seconds: list[float]) -> dict:
+    """Median, interquartile range, minimum (ms) and number of repetitions."""
+    quarters = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
+    return {
+        "median": 1e3 * statistics.median(seconds),
+        "spread": 1e3 * (quarters[2] - quarters[0]),
+        "min": 1e3 * min(seconds),
+        "repeats": len(seconds),
+    }
+
+
+def plans_to_time(
+    model: str | None,
+    shape: str | None,
+    tp: int,
+    plans: list[Path],
+    drops: list[str],
+    sensitivity: Path | None,
+    percentages: list[float] | None,
+) -> tuple[tuple[str, ...], dict]:
+    """Letters of the plans asked for, duplicates removed, and a description of the model they are for.
+
+    Raises:
+        SPDError: not exactly one of model and shape, or a plan that does not fit.
+    """
+    if (model is None) == (shape is None):
+        raise SPDError("Give either --model (a checkpoint) or --shape (random weights).")
+    if shape is not None and plans:
+        raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
+    config, described = _describe(model, shape)
+    config.validate_tp(tp)
+    blocks = config.num_blocks
+    chosen = [read_plan(path, described["fingerprint"], tp, blocks) for path in plans]
+    chosen += [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
+    if sensitivity is not None:
+        values = read_sensitivity(sensitivity, described["fingerprint"])["sensitivity"]
+        chosen += plans_by_percentage(values, percentages).values()
+    return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)])), described
+
+
+def _describe(model: str | None, shape: str | None) -> tuple[ModelConfig, dict]:
+    if shape is not None:
+        config, name, fingerprint = named_shape(shape), f"{shape} (random weights)", f"random-{shape}"
+    else:
+        folder = resolve(model)
+        config, name = ModelConfig.from_folder(folder), display_name(model)
+        weights = SafetensorsFolder(folder)
+        weights.validate(config)
+        fingerprint = weights.fingerprint(config)
+    return config, describe(config, name, fingerprint)
+
+
+def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
+    """`bench` on the processes of a launcher, or on `tp` processes started here (CPU), with what was timed.
+
+    Raises:
+        SPDError: tp differs from the launcher's processes, or GPUs without a launcher.
+    """
+    if runtime.world > 1 and runtime.world != tp:
+        raise SPDError(f"Latency is only measured with one shard a process: tp={tp}, and there are {runtime.world} processes.")
+    if runtime.world == 1 and tp > 1 and runtime.device != "cpu":
+        raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
+    here = runtime.world > 1 or tp == 1
+    measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings)
+    setting = {"tp": tp, "world": tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
+               "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype}  # fmt: skip
+    return setting | measured | {"hardware": hardware()}
+
+
+def with_bar(runtime: Runtime, settings: BenchSettings) -> dict:
+    """`bench`, showing progress on the process that leads."""
+    total = (settings.repeats + settings.warmup) * (len(settings.plans) + len(BOUNDS))
+    with bar(total, "timings", shown=runtime.leads) as done:
+        return bench(runtime, settings, done)

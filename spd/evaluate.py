@@ -1,0 +1,52 @@
+"""Perplexity."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spd.comm import Stream
+from spd.model import Transformer
+
+TOKENS_AT_ONCE = 4096  # in one forward pass
+Progress = Callable[[int], None]  # told how many units of work were done
+
+
+def batches(tokens: Tensor) -> Iterator[Tensor]:
+    """Windows (W, T) in groups of about `TOKENS_AT_ONCE` tokens."""
+    yield from tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1]))
+
+
+def negative_log_likelihood(model: Transformer, stream: Stream, tokens: Tensor) -> float:
+    """Sum over the T - 1 predictions of each window (B, T), in nats, of a stream that left the last block."""
+    logits = model.logits(stream)[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    return losses.double().sum().item()
+
+
+@torch.no_grad()
+def perplexity(model: Transformer, tokens: Tensor, progress: Progress = lambda n: None) -> dict:
+    """Perplexity of windows (W, T) under the model's plan, over all W (T - 1) predictions.
+
+    Returns:
+        `perplexity`, `nats` (its logarithm), `tokens` (predictions) and `windows`.
+    """
+    total, predictions = 0.0, tokens.shape[0] * (tokens.shape[1] - 1)
+    for batch in batches(tokens):
+        batch = batch.to(model.embedding.weight.device)
+        stream = model.embed(batch)
+        context = model.context(stream)
+        for i, policies in enumerate(model.plan.blocks):
+            stream = model.run_block(i, stream, policies, context)
+        total += negative_log_likelihood(model, stream, batch)
+        progress(len(batch))
+    return summary(total, predictions) | {"tokens": predictions, "windows": tokens.shape[0]}
+
+
+def summary(total_nats: float, predictions: int) -> dict:
+    """`perplexity` and `nats` of a sum of negative log-likelihoods; a loss too large for exp gives None."""
+    nats = total_nats / predictions
+    finite = math.isfinite(nats)
+    return {"perplexity": math.exp(nats) if finite and nats < 700 else None, "nats": nats if finite else None}

@@ -1,0 +1,78 @@
+"""An experiment's YAML: every hyper-parameter of a reproduction, validated, as defaults of the commands."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spd.errors import SPDError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Common(_Section):
+    """Defaults of every command that has the option."""
+
+    model: str | None = Field(None, description="folder, `spd-tiny` or hub id")
+    tp: int | None = Field(None, ge=1, description="logical tensor-parallel degree")
+    text: str | None = Field(None, description="file, `builtin` or `builtin-train`")
+    seq_len: int | None = Field(None, ge=2, description="tokens a window")
+    windows: int | None = Field(None, ge=1, description="number of windows")
+    skip: int | None = Field(None, ge=0, description="windows passed over first")
+    dtype: str | None = None
+    device: str | None = None
+
+
+class PlanSection(_Section):
+    budget: str | None = Field(None, description="blocks as `6` or percentage as `70%`")
+    tau1: float | None = Field(None, description="ISB up to here, perplexity points")
+    tau2: float | None = Field(None, description="SB up to here, perplexity points")
+
+
+class EvaluationSection(_Section):
+    """Options of commands that measure perplexity on other windows than the calibration's."""
+
+    text: str | None = None
+    windows: int | None = Field(None, ge=1)
+    skip: int | None = Field(None, ge=0)
+    percentages: str | None = Field(None, description="of blocks dropped, as `0,25,50`; left out: every number")
+
+
+class BenchSection(_Section):
+    tp: int | None = Field(None, ge=1, description="processes")
+    batch: int | None = Field(None, ge=1)
+    prompt_len: int | None = Field(None, ge=1, description="tokens")
+    new_tokens: int | None = Field(None, ge=0)
+    link: str | None = Field(None, description="emulated link, as `10GBps,20us`")
+    repeats: int | None = Field(None, ge=1)
+    percentages: str | None = None
+
+
+class Experiment(_Section):
+    common: Common = Common()
+    plan: PlanSection = PlanSection()
+    sweep: EvaluationSection = EvaluationSection()
+    bench: BenchSection = BenchSection()
+
+    def defaults(self, command: str, options: set[str]) -> dict[str, Any]:
+        """Defaults of a command's options, its own section before the common one."""
+        own = getattr(self, command, _Section())
+        values = self.common.model_dump(exclude_none=True) | own.model_dump(exclude_none=True)
+        return {name: value for name, value in values.items() if name in options}
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Raises SPDError naming the first field that is unknown or out of range."""
+    try:
+        return Experiment.model_validate(yaml.safe_load(path.read_text()) or {})
+    except OSError as error:
+        raise SPDError(f"The experiment {path} cannot be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise SPDError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SPDError(f"{path}: {place}: {first['msg']} (given: {first['input']!r}).") from None

@@ -1,0 +1,147 @@
+"""Starting and stopping: the process group, devices, threads. The only reader of environment variables."""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from spd.comm import Link, Shards
+from spd.errors import SPDError
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among `world`, and where it computes."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def shards(self, tp: int, link: Link | None = None) -> Shards:
+        return Shards(tp, self.rank, self.world, link=link)
+
+
+def environment_rank() -> int:
+    """This process's rank as its launcher says, before anything is started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def tracking_uri() -> str | None:
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+@contextmanager
+def runtime(device: str = "cpu") -> Iterator[Runtime]:
+    """Joins the processes that torchrun or accelerate started, if any; leaves their group at the end.
+
+    Raises:
+        SPDError: the launcher was asked for several processes and started one, or there are too few GPUs.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), environment_rank()
+    if world == 1:
+        _refuse_lonely_accelerate()
+        yield Runtime(device=_device(device, 0))
+        return
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Runtime(rank, world, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(device: str, local_rank: int) -> str:
+    if device == "cpu":
+        return device
+    found = torch.cuda.device_count()
+    if found <= local_rank:
+        raise SPDError(f"Process {local_rank} of this machine needs a GPU of its own, and {found} are visible.")
+    torch.cuda.set_device(local_rank)
+    return f"cuda:{local_rank}"
+
+
+def _refuse_lonely_accelerate() -> None:
+    """`accelerate launch --cpu` can start a single process whatever it was asked for."""
+    if not any(name.startswith("ACCELERATE_") for name in os.environ):
+        return
+    words = psutil.Process().parent().cmdline()
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            asked = value or words[i + 1]
+            if asked != "1":
+                raise SPDError(f"accelerate was asked for {asked} processes and started one; use torchrun on CPU.")
+
+
+def spawn(processes: int, function: Callable, *arguments) -> dict:
+    """Runs `function(runtime, *arguments)` in `processes` gloo processes of this machine; gives rank 0's result.
+
+    The cores are shared out evenly. `function` must be importable, its arguments picklable and
+    its result a JSON document.
+
+    Raises:
+        SPDError: fewer cores than processes, or what `function` raised.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if processes > cores:
+        raise SPDError(f"{processes} processes were asked for and this machine has {cores} cores: timings would mean nothing.")
+    with tempfile.TemporaryDirectory() as folder:
+        work = (folder, processes, max(1, cores // processes), function, arguments)
+        context = mp.start_processes(_enter, work, nprocs=processes, join=False, start_method="spawn")
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessExitedException as error:
+            raise SPDError(f"Process {error.error_index} of {processes} ended unexpectedly: {error}.") from error
+        except mp.ProcessRaisedException as error:
+            mistake = Path(folder, "mistake")
+            if mistake.exists():
+                raise SPDError(mistake.read_text()) from None
+            raise
+        return json.loads(Path(folder, "result").read_text())
+
+
+def _enter(rank: int, folder: str, world: int, threads: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(threads)
+    if "GLOO_SOCKET_IFNAME" not in os.environ:  # the machine's name need not resolve: stay on the loopback
+        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        result = function(Runtime(rank, world), *arguments)
+        if rank == 0:
+            Path(folder, "result").write_text(json.dumps(result))
+    except SPDError as error:
+        Path(folder, "mistake").write_text(str(error))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _loopback() -> str:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address.startswith("127.") for a in addresses):
+            return name
+    return "lo"
+
+
+def say(message: str) -> None:
+    """A line for the reader, on stderr: stdout belongs to the result."""
+    print(message, file=sys.stderr, flush=True)

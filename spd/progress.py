@@ -1,0 +1,13 @@
+"""Progress and time left, on stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def bar(total: int, unit: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar of `total` units; gives the function to call with the number of units done."""
+    with tqdm(total=total, unit=f" {unit}", disable=not shown, dynamic_ncols=True) as progress:
+        yield progress.update

@@ -1,0 +1,91 @@
+"""What every command does around its work: load, show progress, and publish one result."""
+
+import json
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from spd import track
+from spd.data import Windows, read_windows
+from spd.errors import SPDError
+from spd.launch import Runtime, runtime, say, tracking_uri
+from spd.plan import Plan, parse_blocks, read_plan
+from spd.pretrained import SPDModel
+from spd.progress import bar
+
+LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
+
+
+class Session:
+    """One run of a command with its options, on every process that was started for it."""
+
+    def __init__(self, command: str, options: dict[str, Any]):
+        self.command, self.options = command, SimpleNamespace(**options)
+        self.started = datetime.now(UTC)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Session":
+        self.runtime: Runtime = self._stack.enter_context(runtime(getattr(self.options, "device", "cpu")))
+        if self.runtime.leads:  # before the work, lest its result have nowhere to go
+            track.check_writable(self.options.records)
+            if self.options.out is not None:
+                track.check_writable(self.options.out if self.command == "report" else self.options.out.parent)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def load(self) -> SPDModel:
+        o = self.options
+        shards = self.runtime.shards(o.tp)
+        return SPDModel.from_pretrained(o.model, shards=shards, dtype=o.dtype, device=self.runtime.device)
+
+    def windows(self, model: SPDModel) -> Windows:
+        o = self.options
+        if o.text is None:
+            raise SPDError("No text was given: --text FILE, 'builtin' or 'builtin-train'.")
+        positions = model.config.max_positions
+        seq_len = o.seq_len or min(positions, LONGEST_DEFAULT)
+        found = read_windows(o.text, model.tokenizer, seq_len, o.windows, o.skip, positions)
+        if found.note and self.runtime.leads:
+            say(f"warning: {found.note}")
+        return found
+
+    def plan(self, model: SPDModel) -> Plan:
+        """From `--plan`, or `--drop` and `--drop-mlp`, or everything `full`."""
+        o, blocks = self.options, model.config.num_blocks
+        if o.plan is None:
+            return Plan.dropping(blocks, parse_blocks(o.drop or "none", blocks), parse_blocks(o.drop_mlp or "none", blocks))
+        if o.drop is not None or o.drop_mlp is not None:
+            raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
+        return read_plan(o.plan, model.fingerprint, model.tp, blocks)
+
+    def progress(self, total: int, unit: str):
+        return bar(total, unit, shown=self.runtime.leads)
+
+    def publish(
+        self,
+        result: dict,
+        model: dict | None = None,
+        tp: int | None = None,
+        data: dict | None = None,
+        plan: str | None = None,
+        artifacts: list[Path] = (),
+    ) -> None:
+        """Writes `--out` and the record, prints the result, mirrors the record to MLflow; on rank 0 alone."""
+        if not self.runtime.leads:
+            return
+        document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
+        o = self.options
+        if o.out is not None and self.command != "report":
+            track.write_json(o.out, document)
+        record = track.make_record(
+            self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
+            reproduction=o.reproduction,
+        )  # fmt: skip
+        path = track.write_record(record, o.records)
+        print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
+        if o.mlflow:
+            track.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or track.DEFAULT_TRACKING_URI)
