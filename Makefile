@@ -1,0 +1,89 @@
+# `make` lists the targets. One that needs Python depends on $(READY) and runs $(PYTHON):
+#
+#     summary: $(READY)  ## One line for `make help`
+#     	$(PYTHON) -m spd ...
+#     results/summary.json: results/plan.json | $(READY)    (order-only: a new environment does not redo results)
+#
+# Works with GNU make 3.81 and later, so with the one that macOS has.
+
+.DEFAULT_GOAL := help
+
+# ---- Environment: made once, by the first target that needs it. $(READY) is its stamp, written last, and its name
+# changes with the pins, what is installed of pyproject.toml, and the folder (the package is installed in place).
+ifndef PYTHON
+KEY := $(shell { pwd -P; cat environment.yml; sed '/^\[tool\.pytest/,$$d' pyproject.toml; } | cksum | cut -d ' ' -f 1)
+CONDA := $(firstword $(foreach tool,micromamba mamba conda,$(if $(shell command -v $(tool) 2>/dev/null),$(tool))) \
+           $(wildcard $(MAMBA_EXE) $(CONDA_EXE)))
+# (The last two are set where mamba or conda is a shell function and not on PATH.)
+# The kind that is there stays; a finished .conda serves also where conda itself is not on PATH.
+ENV_TOOL ?= $(if $(wildcard .venv/.ready-*),venv,$(or $(CONDA),$(if $(wildcard .conda/.ready-$(KEY)),conda),venv))
+ENV_DIR := $(if $(filter venv,$(ENV_TOOL)),.venv,.conda)
+READY := $(ENV_DIR)/.ready-$(KEY)
+override PYTHON := $(ENV_DIR)/bin/python
+export PYTHONNOUSERSITE := 1
+endif
+
+export MLFLOW_DISABLE_TELEMETRY ?= true
+WITH_INDEX := $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$${PIP_EXTRA_INDEX_URL:+$$PIP_EXTRA_INDEX_URL }$(TORCH_INDEX)")
+SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the next make starts it afresh$(1)." >&2; exit 1; }
+
+.venv/.ready-$(KEY):
+	@set -e; python=; \
+	for candidate in python3.11 python3 python3.12 python3.13 python3.14; do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11 or later with its venv module was found on PATH (Debian and Ubuntu: packages python3 and" \
+	    "python3-venv); install one, or conda, or name one that has all of environment.yml with PYTHON=..." >&2; \
+	  exit 1; \
+	fi; \
+	echo "Making .venv with $$($$python --version); this happens once and downloads a few GB at most."; \
+	rm -rf .venv; \
+	{ $$python -m venv .venv && $(WITH_INDEX) .venv/bin/python -m pip install --no-input --editable .; } \
+	  || $(call SAY_FAILED)
+	@touch $@
+
+.conda/.ready-$(KEY):
+	@set -e; \
+	echo "Making .conda with $(ENV_TOOL); this happens once and downloads a few GB at most."; \
+	rm -rf .conda; \
+	CONDA_ALWAYS_YES=true MAMBA_ALWAYS_YES=true $(WITH_INDEX) \
+	  "$(ENV_TOOL)" $(if $(findstring micromamba,$(notdir $(ENV_TOOL))),,env) create \
+	  --prefix "$(CURDIR)/.conda" --file environment.yml || $(call SAY_FAILED, (make ENV_TOOL=venv uses pip alone))
+	@touch $@
+
+# ---- Targets
+.PHONY: help env test lint tiny-model mlflow-ui clean clean-env
+
+help:  ## Show this list
+	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Settings:"
+	@echo "  PYTHON=...       use this interpreter and make no environment"
+	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
+	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
+	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+
+env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
+	@echo "Ready: $(PYTHON)"
+
+test: $(READY)  ## Run the test suite
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest $(ARGS)
+
+lint: $(READY)  ## Check style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
+	$(PYTHON) -m spd.tiny.train $(ARGS)
+
+mlflow-ui: $(READY)  ## Compare runs in the browser
+	$(PYTHON) -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" $(ARGS)
+
+clean:  ## Remove caches and build products; environments, records and results stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . \( -name .git -o -name .venv -o -name .conda \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+clean-env:  ## Remove the environment
+	rm -rf .venv .conda
