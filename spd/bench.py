@@ -108,12 +108,12 @@ def _interleaved(model: Transformer, cases: list, settings: BenchSettings, progr
 def _once(model: Transformer, prompt: torch.Tensor, cache, new_tokens: int) -> _Sample:
     """One prefill up to the first token's choice, then `new_tokens` decode steps."""
     model.shards.align()
-    model.shards.reset_counters()
+    model.shards.take_collectives()
     cache.length = 0
     start = _clock(prompt)
     token = model(prompt, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
     first = _clock(prompt)
-    collectives = dict(model.shards.collectives)
+    collectives = model.shards.take_collectives()
     for _ in range(new_tokens):
         token = model(token, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
     last = _clock(prompt)

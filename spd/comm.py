@@ -141,5 +141,7 @@ class Shards:
         if self.world > 1:
             dist.barrier(self.group)
 
-    def reset_counters(self) -> None:
-        self.collectives = defaultdict(Collective)
+    def take_collectives(self) -> dict[str, Collective]:
+        """What each sync point has cost since the last call, by its name; counting starts afresh."""
+        taken, self.collectives = self.collectives, defaultdict(Collective)
+        return dict(taken)
