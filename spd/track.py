@@ -280,7 +280,8 @@ def _probe(attempt: Callable[[], None]) -> str | None:
 
 def _probe_http(uri: str) -> None:
     try:
-        urllib.request.urlopen(uri, timeout=PROBE_SECONDS).close()
+        bare = re.sub(r"//[^/@]*@", "//", uri)  # urllib takes a name and password for a part of the host
+        urllib.request.urlopen(bare, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError as answer:  # whatever its status, a server is there
         answer.close()
     except urllib.error.URLError as error:
