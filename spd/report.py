@@ -295,7 +295,8 @@ def _ttft_caption(sources: Sources) -> str:
         {_number(record, "result", "plans", i, "ttft_ms", "repeats") for i in range(len(_timings(record)))}
     )
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
-    words += "split into computation, real all-reduces and the wait of the emulated link"
+    emulated = any(row["emulated_ms"] for row in _timings(record))
+    words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
     return f"{words}. {_model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {_machine(record)}."
 
 
@@ -311,15 +312,16 @@ def _same_blocks(sources: Sources) -> str:
 
 def _overview_caption(sources: Sources) -> str:
     words = []
-    for record in (sources.sensitivity, *sources.sweeps[-1:]):
-        if record is not None:
-            what = "Left" if record is sources.sensitivity else "Middle" if sources.sensitivity else "Left"
-            taus = _taus(sources) if record is sources.sensitivity else {}
-            said = "".join(f", {name} = {tau:g}" for name, tau in taus.items())
-            words.append(f"{what}: {_subject(record)}{said}, {_data_words(record)}.")
+    if sources.sensitivity is not None:
+        taus = "".join(f", {name} = {tau:g}" for name, tau in _taus(sources).items())
+        words.append(f"{_subject(sources.sensitivity)}{taus}, {_data_words(sources.sensitivity)}.")
+    if sources.sweeps:
+        words.append(f"{_subject(sources.sweeps[-1])}, {_data_words(sources.sweeps[-1])}.")
     if sources.bench is not None:
-        words.append(f"Right: {_model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
-    return " ".join([*words, f"{_machine(sources.present()[-1])}."])
+        words.append(f"{_model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
+    places = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
+    placed = [f"{place}: {text}" for place, text in zip(places, words, strict=False)]
+    return " ".join([*placed, f"{_machine(sources.present()[-1])}."])
 
 
 def provenance(records: Sequence[Record]) -> str:
@@ -448,7 +450,7 @@ def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
 
 
 def _stride(count: int, most: int) -> int:
-    """Every how many bars get a label: about `most` labels, the first and, where it divides well, the last among them."""
+    """Every how many bars get a label: about `most` labels, the last bar's among them where that divides well."""
     least = math.ceil(count / most)
     return next((n for n in range(least, 2 * least + 1) if (count - 1) % n == 0), least)
 
@@ -486,7 +488,9 @@ def _block_width(count: int) -> float:
 
 def _finish(figure: Figure, caption: str, size: float = 8) -> Figure:
     width = int(figure.get_size_inches()[0] * 72 / (size * 0.54))
-    figure.supxlabel(textwrap.fill(caption, width), x=0.01, ha="left", fontsize=size, color="0.25")
+    figure.supxlabel(
+        textwrap.fill(caption, width, break_on_hyphens=False), x=0.01, ha="left", fontsize=size, color="0.25"
+    )
     return figure
 
 
@@ -656,6 +660,7 @@ def _markdown(found: Sequence[Table]) -> str:
 
 # What fits 80 columns; the CSV has all of it, under full names.
 HEADINGS = {
+    "blocks_dropped": "blocks",
     "percent": "%",
     "ttft_median_ms": "TTFT\nms",
     "ttft_spread_ms": "IQR\nms",

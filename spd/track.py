@@ -19,7 +19,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
@@ -198,10 +198,8 @@ def write_bytes(path: Path | str, content: bytes) -> None:
 
 
 def _forget(path: Path) -> None:
-    try:
+    with suppress(OSError):  # the reason already on its way up is the one worth reading
         path.unlink(missing_ok=True)
-    except OSError:
-        pass  # the reason already on its way up is the one worth reading
 
 
 def _non_finite(document: Any, place: str = "document") -> Iterator[str]:
@@ -242,7 +240,7 @@ def mirror_to_mlflow(
         reason = _one_line(f"{type(error).__name__}: {error}")
     if reason is None:
         return run_id
-    warn(f"the run is recorded in {path} but not in MLflow at {_without_password(tracking_uri)}: {reason}")
+    warn(_without_password(f"the run is recorded in {path} but not in MLflow at {tracking_uri}: {reason}"))
     return None
 
 
@@ -290,7 +288,10 @@ def _probe_http(uri: str) -> None:
 
 
 # The child gets the parent's import path, so that it finds this package installed or not.
-_CHILD = "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['sys_path']; from spd.track import _child; _child(job)"
+_CHILD = (
+    "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['sys_path']; "
+    "from spd.track import _child; _child(job)"
+)
 
 
 def _run_child(job: Mapping[str, Any], seconds: float) -> tuple[str | None, str | None]:
@@ -315,8 +316,8 @@ def _one_line(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 # ---------------------------------------------------------------- MLflow, in the child process
