@@ -22,7 +22,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from spd.errors import SPDError
 from spd.track import SCHEMA, write_bytes
@@ -30,9 +30,9 @@ from spd.track import SCHEMA, write_bytes
 Record = Mapping[str, Any]
 
 _BLUE, _ORANGE, _GREEN, _RED, _PURPLE, _BROWN, _PINK, _GREY, _YELLOW, _SKY = sns.color_palette("colorblind")
-CLASS_COLOURS = {"ISB": _BLUE, "SB": _ORANGE, "ESB": _PINK}
+CLASS_COLOURS = {"ISB": _BLUE, "SB": _ORANGE, "ESB": _PURPLE}
 CLASS_NAMES = {"ISB": "ISB (in-sensitive)", "SB": "SB (sensitive)", "ESB": "ESB (extremely sensitive)"}
-STRATEGY_COLOURS = (_BLUE, _ORANGE, _GREEN, _PINK, _BROWN, _SKY)
+STRATEGY_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _BROWN, _SKY)
 STRATEGY_NAMES = {
     "zs": "ZS: zero-shot",
     "b2b": "ZS + B2B distillation",
@@ -100,7 +100,14 @@ def _number(record: Record, *keys: str | int) -> float:
 
 
 def _numbers(record: Record, *keys: str) -> list[float]:
-    return [_number(record, *keys, i) for i in range(len(_get(record, *keys)))]
+    return [_number(record, *keys, i) for i in range(_count(record, *keys))]
+
+
+def _count(record: Record, *keys: str) -> int:
+    value = _get(record, *keys)
+    if not isinstance(value, list) or not value:
+        raise SPDError(f"Record {record['id']} has no list of values as {'.'.join(keys)}.")
+    return len(value)
 
 
 # ---------------------------------------------------------------- choosing
@@ -142,12 +149,12 @@ def _kinds(records: Sequence[Record], key: tuple) -> set[str]:
 def _one_tp(records: list[Record]) -> list[Record]:
     """Drop records of accuracy at another tp than the newest sensitivity (or sweep), so that the panels agree."""
     accuracy = [r for r in records if r["command"] == "sensitivity"] or [r for r in records if r["command"] == "sweep"]
-    return [r for r in records if r["command"] == "bench" or not accuracy or r["tp"] == accuracy[-1]["tp"]]
+    return [r for r in records if r["command"] == "bench" or not accuracy or r.get("tp") == accuracy[-1]["tp"]]
 
 
 def _sources(records: list[Record], suffix: str) -> Sources:
     newest = {r["command"]: r for r in records}
-    sweeps = [r for r in records if r["command"] == "sweep" and r["data"] == newest["sweep"]["data"]]
+    sweeps = [r for r in records if r["command"] == "sweep" and r.get("data") == newest["sweep"].get("data")]
     plan = newest.get("plan")
     if (
         plan
@@ -177,7 +184,8 @@ def _classes(sources: Sources, count: int) -> tuple[list[str] | None, list[bool]
     """Class of each block (None without a plan), and whether the plan drops the block's attention sync."""
     if sources.plan is None:
         return None, [True] * count
-    classes, policies = _get(sources.plan, "result", "classes"), _get(sources.plan, "result", "policies")
+    _count(sources.plan, "result", "classes"), _count(sources.plan, "result", "policies")
+    classes, policies = sources.plan["result"]["classes"], sources.plan["result"]["policies"]
     if not len(classes) == len(policies) == count or set(classes) - set(CLASS_COLOURS):
         raise SPDError(f"Record {sources.plan['id']} does not give each of the {count} blocks one class and policy.")
     return classes, [policy[0] == "drop" for policy in policies]
@@ -188,7 +196,7 @@ def _curves(sweeps: Sequence[Record]) -> dict[str, list[dict]]:
     curves: dict[str, list[dict]] = {}
     for record in sweeps:
         found: dict[str, list[dict]] = {}
-        for i in range(len(_get(record, "result", "curve"))):
+        for i in range(_count(record, "result", "curve")):
             at = partial(_number, record, "result", "curve", i)
             point = {"blocks": int(at("blocks")), "percent": at("percent"), "perplexity": at("perplexity")}
             point |= {"nats": at("nats"), "plan": _get(record, "result", "curve", i, "plan")}
@@ -208,7 +216,7 @@ def _full_perplexity(curves: Mapping[str, list[dict]], record: Record) -> float:
 
 def _timings(record: Record) -> list[dict]:
     """One row a plan of a bench record, times in ms, with reduction 1 - t_p/t_0 and speedup t_0/t_p."""
-    rows = [_timing(record, i) for i in range(len(_get(record, "result", "plans")))]
+    rows = [_timing(record, i) for i in range(_count(record, "result", "plans"))]
     full = [r for r in rows if set(r["plan"].split()) == {"FF"}] or [r for r in rows if r["blocks_dropped"] == 0]
     if not full:
         raise SPDError(f"Record {record['id']} has no plan with 0 blocks dropped to compare with.")
@@ -262,13 +270,13 @@ def _sensitivity_caption(sources: Sources) -> str:
     words += " theirs and the earlier ones none"
     if sources.plan is not None:
         budget = _number(sources.plan, "result", "budget", "blocks")
-        words += f"; colours are the plan's classes, pale bars the blocks outside its budget of {budget}"
+        words += f"; colours are the plan's classes, pale bars blocks outside its budget of {budget}"
     return f"{words}. {_subject(record)}; {_data_words(record)}; {_machine(record)}."
 
 
 def _perplexity_caption(sources: Sources) -> str:
     record = sources.sweeps[-1]
-    words = "Perplexity against the share of blocks that drop their attention sync point, the least sensitive first;"
+    words = "Perplexity against the share of blocks that drop their attention sync point;"
     return f"{words} dashed: every sync point kept. {_subject(record)}; {_data_words(record)}; {_machine(record)}."
 
 
@@ -287,7 +295,8 @@ def _ttft_caption(sources: Sources) -> str:
         {_number(record, "result", "plans", i, "ttft_ms", "repeats") for i in range(len(_timings(record)))}
     )
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
-    words += "split into computation, real all-reduces and the wait of the emulated link"
+    emulated = any(row["emulated_ms"] for row in _timings(record))
+    words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
     return f"{words}. {_model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {_machine(record)}."
 
 
@@ -303,13 +312,16 @@ def _same_blocks(sources: Sources) -> str:
 
 def _overview_caption(sources: Sources) -> str:
     words = []
-    for record in (sources.sensitivity, *sources.sweeps[-1:]):
-        if record is not None:
-            what = "Left" if record is sources.sensitivity else "Middle" if sources.sensitivity else "Left"
-            words.append(f"{what}: {_subject(record)}, {_data_words(record)}.")
+    if sources.sensitivity is not None:
+        taus = "".join(f", {name} = {tau:g}" for name, tau in _taus(sources).items())
+        words.append(f"{_subject(sources.sensitivity)}{taus}, {_data_words(sources.sensitivity)}.")
+    if sources.sweeps:
+        words.append(f"{_subject(sources.sweeps[-1])}, {_data_words(sources.sweeps[-1])}.")
     if sources.bench is not None:
-        words.append(f"Right: {_model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
-    return " ".join([*words, f"{_machine(sources.present()[-1])}."])
+        words.append(f"{_model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
+    places = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
+    placed = [f"{place}: {text}" for place, text in zip(places, words, strict=False)]
+    return " ".join([*placed, f"{_machine(sources.present()[-1])}."])
 
 
 def provenance(records: Sequence[Record]) -> str:
@@ -325,25 +337,32 @@ def _plain(value: float, _position: int | None = None) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def _draw_sensitivity(ax: Axes, sources: Sources, values: Sequence[float], unit: str, taus: bool) -> None:
+def _taus(sources: Sources) -> dict[str, float]:
+    if sources.plan is None:
+        return {}
+    return {name: _number(sources.plan, "result", key) for name, key in (("τ₁", "tau1"), ("τ₂", "tau2"))}
+
+
+def _pale(colour: tuple[float, float, float]) -> tuple[float, ...]:
+    """The colour on white at 40 %: unlike transparency it hides the grid behind a bar."""
+    return tuple(0.4 * part + 0.6 for part in colour)
+
+
+def _draw_sensitivity(ax: Axes, sources: Sources, values: Sequence[float], unit: str, taus: bool, narrow: bool) -> None:
     """Bars of `values` a block. `taus` adds the plan's thresholds, which are in perplexity points."""
     classes, dropped = _classes(sources, len(values))
-    lines = {}
-    if taus and sources.plan is not None:
-        lines = {
-            f"τ{'₁₂'[i]} = {t:g}": t for i, t in enumerate(_number(sources.plan, "result", f"tau{n}") for n in (1, 2))
-        }
-    colours = [CLASS_COLOURS[c] for c in classes] if classes else [_BLUE] * len(values)
-    bars = ax.bar(range(len(values)), values, color=colours, width=0.8, linewidth=0)
-    for bar, inside in zip(bars, dropped, strict=True):
-        bar.set_alpha(1 if inside else 0.4)
+    lines = _taus(sources) if taus else {}
+    strong = [CLASS_COLOURS[c] for c in classes] if classes else [_BLUE] * len(values)
+    colours = [colour if inside else _pale(colour) for colour, inside in zip(strong, dropped, strict=True)]
+    ax.bar(range(len(values)), values, color=colours, width=0.8, linewidth=0)
     _scale_around_zero(ax, [*values, *lines.values()])
-    for align, (label, tau) in zip(("top", "bottom"), lines.items(), strict=False):
+    for name, tau in lines.items():
         ax.axhline(tau, color="0.25", linestyle="--", linewidth=0.9)
-        ax.annotate(label, (1, tau), (3, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va=align)
+        at = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+        ax.annotate(name if narrow else f"{name} = {tau:g}", (1, tau), (3, 0), va="center", **at)
     ax.axhline(0, color="0.25", linewidth=0.8)
     ax.set(xlabel="block", ylabel=f"sensitivity ({unit})", xlim=(-0.7, len(values) - 0.3))
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_locator(MaxNLocator(8 if narrow else 16, integer=True, steps=[1, 2, 5, 10]))
     ax.grid(visible=False, axis="x")
 
 
@@ -360,52 +379,58 @@ def _scale_around_zero(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(_plain))
 
 
-def _class_handles(sources: Sources) -> list[Patch]:
+def _class_handles(sources: Sources, narrow: bool) -> list[Patch]:
     if sources.plan is None:
         return []
-    classes, dropped = _classes(sources, len(_get(sources.plan, "result", "classes")))
-    handles = [Patch(color=CLASS_COLOURS[c], label=CLASS_NAMES[c]) for c in CLASS_COLOURS if c in classes]
-    return handles + ([] if all(dropped) else [Patch(color="0.5", alpha=0.4, label="outside the budget")])
+    classes, dropped = _classes(sources, _count(sources.plan, "result", "classes"))
+    names = {c: c for c in CLASS_NAMES} if narrow else CLASS_NAMES
+    handles = [Patch(color=CLASS_COLOURS[c], label=names[c]) for c in CLASS_COLOURS if c in classes]
+    return handles + (
+        [] if all(dropped) else [Patch(color="0.8", label="outside budget" if narrow else "outside the budget")]
+    )
 
 
-def _panel_sensitivity(ax: Axes, sources: Sources) -> None:
+def _panel_sensitivity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     values = _numbers(sources.sensitivity, "result", "sensitivity")
-    _draw_sensitivity(ax, sources, values, "perplexity points", taus=True)
-    handles = _class_handles(sources)
+    _draw_sensitivity(ax, sources, values, "perplexity points", taus=True, narrow=narrow)
+    handles = _class_handles(sources, narrow)
     if handles:
-        _legend_above(ax, handles=handles)
+        _legend_above(ax, 4 if narrow else 2, narrow, handles=handles)
 
 
-def _legend_above(ax: Axes, columns: int = 2, **options: Any) -> None:
+def _legend_above(ax: Axes, columns: int = 2, narrow: bool = False, **options: Any) -> None:
     """A legend over the panel, where no bar or line can lie under it."""
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, **options)
+    compact = {"handlelength": 1.3, "columnspacing": 0.9, "handletextpad": 0.4, "frameon": False, "borderaxespad": 0.1}
+    compact["fontsize"] = 7.5 if narrow else None
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.2 if narrow else -0.02, 1.0), ncols=columns, **compact, **options)
 
 
-def _panel_perplexity(ax: Axes, sources: Sources) -> None:
+def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     curves, record = _curves(sources.sweeps), sources.sweeps[-1]
     full, blocks = _full_perplexity(curves, record), _number(record, "model", "blocks")
     for i, (name, points) in enumerate(curves.items()):
         x, y = [p["percent"] for p in points], [p["perplexity"] for p in points]
         style = {"color": STRATEGY_COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 4, "clip_on": False}
-        ax.plot(x, y, label=STRATEGY_NAMES.get(name, name), zorder=3, **style)
+        ax.plot(x, y, label=name.upper() if narrow else STRATEGY_NAMES.get(name, name), zorder=3, **style)
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
     highest = max(p["perplexity"] for points in curves.values() for p in points)
     if highest > LOG_FROM * full:
         ax.set_yscale("log")
-        ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(FuncFormatter(_plain))
     ax.set(xlabel="blocks dropped (%)", ylabel="perplexity", xlim=(-2, 102))
     top = ax.secondary_xaxis("top", functions=(lambda p: p * blocks / 100, lambda b: b * 100 / blocks))
     top.set_xlabel("blocks dropped")
-    top.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    top.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     ax.legend(loc="upper left")
 
 
-def _panel_ttft(ax: Axes, sources: Sources) -> None:
+def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     rows = _timings(sources.bench)
     bottom = [0.0] * len(rows)
     parts = {"compute_ms": ("computation", _BLUE), "real_ms": ("real all-reduces", _ORANGE)}
-    parts["emulated_ms"] = ("emulated link", _YELLOW)
+    parts["emulated_ms"] = ("emulated link", "0.72")
     for key, (label, colour) in parts.items():
         heights = [row[key] for row in rows]
         if any(heights):
@@ -416,19 +441,26 @@ def _panel_ttft(ax: Axes, sources: Sources) -> None:
     bounds = sources.bench["result"].get("bounds") or {}
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = _number(sources.bench, "result", "bounds", name, "ttft_ms", "median")
-        ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g}")
-    ax.set_xticks(range(len(rows)), _plan_labels(rows))
+        ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g} ms")
+    stride = _stride(len(rows), 5 if narrow else 12)
+    ax.set_xticks(range(0, len(rows), stride), _plan_labels(rows, "d" if narrow else ".3g")[::stride])
     ax.set(xlabel="blocks dropped", ylabel="time to first token (ms)")
     ax.grid(visible=False, axis="x")
-    _legend_above(ax)
+    _legend_above(ax, narrow=narrow)
 
 
-def _plan_labels(rows: Sequence[dict]) -> list[str]:
+def _stride(count: int, most: int) -> int:
+    """Every how many bars get a label: about `most` labels, the last bar's among them where that divides well."""
+    least = math.ceil(count / most)
+    return next((n for n in range(least, 2 * least + 1) if (count - 1) % n == 0), least)
+
+
+def _plan_labels(rows: Sequence[dict], form: str) -> list[str]:
     """Tick labels: count and percentage; where two plans drop as many blocks, their letters too, run by run."""
     counts = [row["blocks_dropped"] for row in rows]
     labels = []
     for row in rows:
-        label = f"{row['blocks_dropped']}\n{row['percent']:.3g} %"
+        label = f"{row['blocks_dropped']}\n{round(row['percent']) if form == 'd' else row['percent']:{form}} %"
         if counts.count(row["blocks_dropped"]) > 1:
             runs = [(letters, len(list(same))) for letters, same in groupby(row["plan"].split())]
             label += "\n" + "\n".join(f"{n}×{letters}" for letters, n in runs[:3]) + ("\n…" if len(runs) > 3 else "")
@@ -455,8 +487,10 @@ def _block_width(count: int) -> float:
 
 
 def _finish(figure: Figure, caption: str, size: float = 8) -> Figure:
-    width = int(figure.get_size_inches()[0] * 72 / (size * 0.5))
-    figure.supxlabel(textwrap.fill(caption, width), x=0.01, ha="left", fontsize=size, color="0.25")
+    width = int(figure.get_size_inches()[0] * 72 / (size * 0.54))
+    figure.supxlabel(
+        textwrap.fill(caption, width, break_on_hyphens=False), x=0.01, ha="left", fontsize=size, color="0.25"
+    )
     return figure
 
 
@@ -465,7 +499,7 @@ def _figure_sensitivity(sources: Sources) -> Figure:
     figure = Figure(figsize=(_block_width(len(nats)), 5.4), layout="constrained")
     points_ax, nats_ax = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _panel_sensitivity(points_ax, sources)
-    _draw_sensitivity(nats_ax, sources, nats, "nats", taus=False)
+    _draw_sensitivity(nats_ax, sources, nats, "nats", taus=False, narrow=False)
     points_ax.set_xlabel("")
     return _finish(figure, _sensitivity_caption(sources))
 
@@ -481,10 +515,10 @@ def _figure_overview(sources: Sources) -> Figure:
     panels["perplexity"] = sources.sweeps and _panel_perplexity
     panels["time to first token"] = sources.bench and _panel_ttft
     chosen = {title: draw for title, draw in panels.items() if draw}
-    figure = Figure(figsize=(3.7 * len(chosen), 4.2), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(chosen), 3.9), layout="constrained")
     figure.get_layout_engine().set(wspace=0.06)
     for ax, draw in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen.values(), strict=True):
-        draw(ax, sources)
+        draw(ax, sources, narrow=True)
     return _finish(figure, _overview_caption(sources))
 
 
@@ -624,19 +658,41 @@ def _markdown(found: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
+# What fits 80 columns; the CSV has all of it, under full names.
+HEADINGS = {
+    "blocks_dropped": "blocks",
+    "percent": "%",
+    "ttft_median_ms": "TTFT\nms",
+    "ttft_spread_ms": "IQR\nms",
+    "compute_ms": "compute\nms",
+    "real_ms": "real\nms",
+    "emulated_ms": "link\nms",
+    "tpot_median_ms": "TPOT\nms",
+    "sensitivity_nats": "nats",
+    "increase_percent": "increase\n%",
+    "reduction": "reduc-\ntion",
+    "speedup": "speed-\nup",
+}
+TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+
+
 def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
     """Print the tables of record files on a rich console (standard error when none is given). Raises SPDError."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table as RichTable
 
     console = console or Console(stderr=True)
     for table in tables(load_records(records)):
-        shown = {c: form for c, form in table.formats.items() if c != "plan"}  # letters of 80 blocks fill a screen
-        rich = RichTable(title=table.name, caption=table.caption, caption_justify="left")
-        for column, form in shown.items():
-            rich.add_column(column.replace("_", " "), justify="right" if form else "left")
+        shown = [column for column in table.formats if column not in TERMINAL_LEAVES_OUT]
+        rich = RichTable(
+            title=table.name, caption=table.caption, caption_justify="left", box=SIMPLE, collapse_padding=True
+        )
+        for column in shown:
+            heading = HEADINGS.get(column, column.replace("_", "\n"))
+            rich.add_column(heading, justify="right" if table.formats[column] else "left")
         for row in table.rows:
-            rich.add_row(*(_cell(row.get(column), form) for column, form in shown.items()))
+            rich.add_row(*(_cell(row.get(column), table.formats[column]) for column in shown))
         console.print(rich)
 
 

@@ -19,7 +19,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
@@ -205,10 +205,8 @@ def check_writable(folder: Path | str) -> None:
 
 
 def _forget(path: Path) -> None:
-    try:
+    with suppress(OSError):  # the reason already on its way up is the one worth reading
         path.unlink(missing_ok=True)
-    except OSError:
-        pass  # the reason already on its way up is the one worth reading
 
 
 def _non_finite(document: Any, place: str = "document") -> Iterator[str]:
@@ -249,7 +247,7 @@ def mirror_to_mlflow(
         reason = _one_line(f"{type(error).__name__}: {error}")
     if reason is None:
         return run_id
-    warn(f"the run is recorded in {path} but not in MLflow at {_without_password(tracking_uri)}: {reason}")
+    warn(_without_password(f"the run is recorded in {path} but not in MLflow at {tracking_uri}: {reason}"))
     return None
 
 
@@ -287,7 +285,8 @@ def _probe(attempt: Callable[[], None]) -> str | None:
 
 def _probe_http(uri: str) -> None:
     try:
-        urllib.request.urlopen(uri, timeout=PROBE_SECONDS).close()
+        bare = re.sub(r"//[^/@]*@", "//", uri)  # urllib takes a name and password for a part of the host
+        urllib.request.urlopen(bare, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError as answer:  # whatever its status, a server is there
         answer.close()
     except urllib.error.URLError as error:
@@ -296,7 +295,10 @@ def _probe_http(uri: str) -> None:
 
 
 # The child gets the parent's import path, so that it finds this package installed or not.
-_CHILD = "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['sys_path']; from spd.track import _child; _child(job)"
+_CHILD = (
+    "import json, sys; job = json.load(sys.stdin); sys.path[:] = job['sys_path']; "
+    "from spd.track import _child; _child(job)"
+)
 
 
 def _run_child(job: Mapping[str, Any], seconds: float) -> tuple[str | None, str | None]:
@@ -321,8 +323,8 @@ def _one_line(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 # ---------------------------------------------------------------- MLflow, in the child process

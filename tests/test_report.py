@@ -1,0 +1,260 @@
+"""Report: figures and tables are functions of records. All numbers here are made up, and look it."""
+
+import csv
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from spd.errors import SPDError
+from spd.report import choose, load_records, print_tables, report, tables
+from spd.track import make_record, write_record
+
+BLOCKS = 4
+SENSITIVITY = [12.5, 0.25, -0.5, 0.015625]
+CLASSES = ["ESB", "SB", "ISB", "ISB"]
+DATA = {"text": "/texts/synthetic.txt", "fingerprint": "d", "seq_len": 8, "windows": 10, "skip": 0}
+HARDWARE = {"cpu": "Synthetic CPU", "cores": 3, "memory_gib": 1.0, "gpus": []}
+
+
+def _plan(blocks: int) -> str:
+    return " ".join(["DF"] * blocks + ["FF"] * (BLOCKS - blocks))
+
+
+def _sensitivity() -> dict:
+    nats = [value / 16 for value in SENSITIVITY]
+    return {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+
+
+def _planned() -> dict:
+    policies = [["full", "full"]] + [["drop", "full"]] * 3
+    result = {
+        "policies": policies,
+        "classes": CLASSES,
+        "treatments": ["keep", "b2b", "zs", "zs"],
+        "tau1": 0.05,
+        "tau2": 10,
+    }
+    return {**result, "budget": {"blocks": 3, "percent": 75.0}, "sensitivity": SENSITIVITY}
+
+
+def _sweep(strategy: str = "zs", perplexities: tuple = (4.0, 5.0, 8.0)) -> dict:
+    points = [
+        {"blocks": b, "percent": 25.0 * b, "perplexity": p, "nats": 1.5, "plan": _plan(b), "strategy": strategy}
+        for b, p in zip((0, 2, 4), perplexities, strict=True)
+    ]
+    return {"curve": points, "tokens": 70, "windows": 10}
+
+
+def _times(median: float) -> dict:
+    return {"median": median, "spread": 1.0, "min": median - 1, "repeats": 5}
+
+
+def _bench() -> dict:
+    plans = []
+    for blocks, median in ((0, 40.0), (2, 35.0), (4, 32.0)):
+        attention = {"count": BLOCKS - blocks, "bytes": 64, "real_ms": 2.0, "emulated_ms": 2.0 * (BLOCKS - blocks)}
+        mlp = {"count": BLOCKS, "bytes": 64, "real_ms": 2.0, "emulated_ms": 8.0}
+        collectives = {"attention": attention, "mlp": mlp}
+        plan = {"plan": _plan(blocks), "blocks_dropped": blocks, "ttft_ms": _times(median), "tpot_ms": None}
+        plans.append({**plan, "collectives": collectives})
+    bounds = {"no_communication": {"ttft_ms": _times(20.0)}}
+    setting = {"tp": 2, "world": 2, "batch": 1, "prompt_len": 16, "link": "10GBps,20us"}
+    return {**setting, "plans": plans, "bounds": bounds, "hardware": HARDWARE}
+
+
+Put = Callable[..., Path]
+
+
+@pytest.fixture
+def put(tmp_path) -> Put:
+    """Writes a synthetic record a second younger than the one before."""
+    return _writer(tmp_path / "runs")
+
+
+def _writer(directory: Path) -> Put:
+    written = []
+
+    def write(command: str, result: dict, tp: int = 8, name: str = "synthetic", **more) -> Path:
+        started = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(seconds=len(written))
+        model = {"name": name, "fingerprint": f"f-{name}", "blocks": BLOCKS}
+        record = make_record(command, {}, result, started=started, model=model, tp=tp, data=DATA, seconds=1.0)
+        record |= {"hardware": HARDWARE, "git": {"commit": "c0ffee", "dirty": False}, **more}
+        written.append(write_record(record, directory))
+        return written[-1]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[list[Path], Path, dict]:
+    """(records, out, result) of one whole report: sensitivity and sweep at tp=8, timing at tp=2."""
+    folder = tmp_path_factory.mktemp("report")
+    write = _writer(folder / "runs")
+    records = [write("sensitivity", _sensitivity()), write("plan", _planned()), write("sweep", _sweep())]
+    records += [write("bench", _bench(), tp=2), write("eval", {"perplexity": 4.0})]
+    return records, folder / "out", report(records, folder / "out")
+
+
+def _rows(path: Path) -> list[dict]:
+    return list(csv.DictReader(StringIO(path.read_text())))
+
+
+def test_every_figure_and_table_is_written_once(made):
+    _, out, result = made
+    names = {f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "overview") for form in ("svg", "png")}
+    names |= {"sensitivity.csv", "perplexity.csv", "ttft.csv", "tables.md"}
+    assert {Path(file).name for file in result["files"]} == names == {file.name for file in out.iterdir()}
+    json.dumps(result)
+
+
+def test_figures_and_tables_name_their_records_and_commit(made):
+    records, out, _ = made
+    ids = [json.loads(path.read_text())["id"] for path in records[:4]]
+    image, drawing, text = (
+        Image.open(out / "overview.png"),
+        (out / "overview.svg").read_text(),
+        (out / "tables.md").read_text(),
+    )
+    for name in ids:
+        assert name in image.info["Source"] and name in drawing and name in text
+    assert "commit c0ffee" in image.info["Source"] and "commit c0ffee" in drawing and "commit c0ffee" in text
+    assert ids[3] not in (out / "perplexity.svg").read_text()
+
+
+def test_captions_say_model_degree_data_and_machine(made):
+    out = made[1]
+    caption = Image.open(out / "overview.png").info["Description"]
+    for words in (
+        "synthetic at tp=8",
+        "70 predictions",
+        "synthetic.txt",
+        "tp=2 on 2 processes",
+        "Synthetic CPU, 3 cores",
+    ):
+        assert words in caption
+    assert "10GBps,20us" in caption and "the same numbers of dropped blocks as the perplexities at tp=8" in caption
+    assert "/texts" not in (out / "tables.md").read_text()
+
+
+def test_the_same_records_give_the_same_bytes(made, tmp_path):
+    records, out, _ = made
+    report([records[0].parent], tmp_path)  # a folder stands for the records in it
+    for file in out.iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+
+
+def test_tables_hold_the_records_numbers_exactly(made):
+    out = made[1]
+    rows = _rows(out / "sensitivity.csv")
+    assert [float(r["sensitivity"]) for r in rows] == SENSITIVITY and [r["class"] for r in rows] == CLASSES
+    assert [r["dropped"] for r in rows] == ["no", "yes", "yes", "yes"]
+    rows = _rows(out / "perplexity.csv")
+    assert [(float(r["perplexity"]), float(r["increase_percent"])) for r in rows] == [(4, 0), (5, 25), (8, 100)]
+    rows = _rows(out / "ttft.csv")
+    assert [float(r["reduction"]) for r in rows] == pytest.approx([0, 0.125, 0.2])
+    assert [float(r["speedup"]) for r in rows] == [1, 40 / 35, 1.25]
+    assert [float(r["compute_ms"]) for r in rows] == [40 - 4 - 16, 35 - 4 - 12, 32 - 4 - 8]
+
+
+def test_tables_are_printed_in_eighty_columns_uncut(made):
+    text = StringIO()
+    print_tables(made[0], Console(file=text, width=80))
+    assert "0.015625"[:6] in text.getvalue() and "1.1429" in text.getvalue() and "…" not in text.getvalue()
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def test_the_newest_record_counts_and_a_newer_strategy_is_added(put):
+    put("sweep", _sweep(perplexities=(4.0, 6.0, 9.0)))
+    put("sweep", _sweep())
+    put("sweep", _sweep("b2b", (4.0, 4.5, 6.0)))
+    last = put("sensitivity", _sensitivity())
+    rows = tables(load_records([last.parent]))[1].rows
+    assert [(r["strategy"], r["perplexity"]) for r in rows[1::3]] == [("zs", 5.0), ("b2b", 4.5)]
+
+
+def test_perplexities_on_other_data_are_not_mixed(put):
+    put("sweep", _sweep("b2b"), data={**DATA, "seq_len": 16})
+    (table,) = tables(load_records([put("sweep", _sweep()).parent]))
+    assert {r["strategy"] for r in table.rows} == {"zs"}
+
+
+def test_a_plan_of_other_sensitivities_colours_nothing(put):
+    put("plan", {**_planned(), "sensitivity": [1.0] * BLOCKS})
+    single, _ = choose(load_records([put("sensitivity", _sensitivity()).parent]))
+    assert single[0].plan is None and single[0].sensitivity is not None
+
+
+def test_models_and_degrees_get_files_of_their_own(put):
+    put("sensitivity", _sensitivity())
+    put("sensitivity", _sensitivity(), tp=4)
+    folder = put("sensitivity", _sensitivity(), name="hub/other").parent
+    assert [t.name for t in tables(load_records([folder]))] == [
+        "sensitivity-synthetic-tp8",
+        "sensitivity-synthetic-tp4",
+        "sensitivity-other",
+    ]
+
+
+# ---------------------------------------------------------------- errors in words
+
+
+def _without(document: dict, *keys) -> dict:
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("command", "result", "words"),
+    [
+        ("sensitivity", {**_sensitivity(), "sensitivity": [1.0, None]}, r"has no result.sensitivity.1"),
+        ("sensitivity", {**_sensitivity(), "sensitivity": 3}, r"no list of values as result.sensitivity"),
+        ("sensitivity", {**_sensitivity(), "sensitivity_nats": [1.0]}, r"4 sensitivities but 1 in nats"),
+        ("sweep", _without(_sweep(), "curve", 1, "perplexity"), r"has no result.curve.1.perplexity"),
+        ("sweep", _without(_sweep(), "curve", 0), r"no point with 0 blocks dropped"),
+        ("sweep", {**_sweep(), "tokens": "70"}, r"has '70' as result.tokens where a number is needed"),
+        ("bench", _without(_bench(), "plans", 0), r"no plan with 0 blocks dropped"),
+        ("bench", _without(_bench(), "plans", 1, "collectives", "mlp", "real_ms"), r"no .*collectives.mlp.real_ms"),
+        ("bench", _without(_bench(), "plans", 2, "ttft_ms", "spread"), r"has no result.plans.2.ttft_ms.spread"),
+        ("eval", {"perplexity": 4.0}, r"nothing to report"),
+    ],
+)
+def test_a_missing_number_is_an_error_and_nothing_is_written(put, tmp_path, command, result, words):
+    with pytest.raises(SPDError, match=words) as caught:
+        report([put(command, result)], tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_the_wrong_length_is_an_error(put, tmp_path):
+    put("plan", {**_planned(), "classes": ["SB"]})
+    with pytest.raises(SPDError, match="each of the 4 blocks one class"):
+        report([put("sensitivity", _sensitivity()).parent], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not strict JSON"), ('{"schema": NaN}', "NaN"), ("[]", "not a record"), ('{"schema": 1}', "has no id")],
+)
+def test_a_malformed_record_is_an_error(tmp_path, text, words):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(SPDError, match=words):
+        report([tmp_path / "bad.json"], tmp_path / "out")
+
+
+def test_a_missing_record_and_an_unwritable_folder_are_errors(put, tmp_path):
+    with pytest.raises(SPDError, match=r"Cannot read record .*gone.json: No such file"):
+        load_records([tmp_path / "gone.json"])
+    record = put("sweep", _sweep())
+    with pytest.raises(SPDError, match="Cannot write"):
+        report([record], record / "out")
