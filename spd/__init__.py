@@ -1,7 +1,7 @@
 """SPD: sync-point drop for tensor-parallel LLaMA models.
 
-    from spd import Plan, SPDModel
-    model = SPDModel.from_pretrained("spd-tiny", tp=8, plan=Plan.dropping(8, attention=[3, 4]))
+from spd import Plan, SPDModel
+model = SPDModel.from_pretrained("spd-tiny", tp=8, plan=Plan.dropping(8, attention=[3, 4]))
 """
 
 __version__ = "0.1.0"

@@ -85,7 +85,9 @@ def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDM
 def _check_length(model: Transformer, settings: BenchSettings) -> None:
     total, positions = settings.prompt_len + settings.new_tokens, model.config.max_positions
     if total > positions:
-        raise SPDError(f"{settings.prompt_len} + {settings.new_tokens} tokens exceed the model's {positions} positions.")
+        raise SPDError(
+            f"{settings.prompt_len} + {settings.new_tokens} tokens exceed the model's {positions} positions."
+        )
 
 
 @torch.no_grad()
@@ -206,7 +208,9 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
         SPDError: tp differs from the launcher's processes, or GPUs without a launcher.
     """
     if runtime.world > 1 and runtime.world != tp:
-        raise SPDError(f"Latency is only measured with one shard a process: tp={tp}, and there are {runtime.world} processes.")
+        raise SPDError(
+            f"Latency is only measured with one shard a process: tp={tp}, and there are {runtime.world} processes."
+        )
     if runtime.world == 1 and tp > 1 and runtime.device != "cpu":
         raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
     here = runtime.world > 1 or tp == 1

@@ -115,7 +115,9 @@ class SafetensorsFolder:
                 raise SPDError(f"{index} is not a valid safetensors index.") from None
             missing = [name for name in names if not (self.folder / name).exists()]
             if missing:
-                raise SPDError(f"{len(missing)} of {len(names)} weight files are missing in {self.folder}: {missing[0]}.")
+                raise SPDError(
+                    f"{len(missing)} of {len(names)} weight files are missing in {self.folder}: {missing[0]}."
+                )
             return [self.folder / name for name in names]
         if (self.folder / SINGLE).exists():
             return [self.folder / SINGLE]

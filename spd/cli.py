@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,32 +21,30 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Hugging Face LLaMA folder, 'spd-tiny', or hub id.", metavar="DIR|HUB_ID")]
 TP = Annotated[int, typer.Option(help="Logical tensor-parallel degree; it fixes the numbers, processes do not.", min=1)]
 Text = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Text file, 'builtin' (spd-tiny's held-out text) or 'builtin-train'.", metavar="FILE|builtin"),
 ]
-SeqLen = Annotated[Optional[int], typer.Option(help="Tokens a window; left out: the model's positions, at most 2048.")]
-Windows = Annotated[Optional[int], typer.Option(help="Use the first N windows; left out: all.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a window; left out: the model's positions, at most 2048.")]
+Windows = Annotated[int | None, typer.Option(help="Use the first N windows; left out: all.")]
 Skip = Annotated[int, typer.Option(help="Pass over N windows first, to keep evaluation apart from calibration.")]
 Drop = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Blocks whose attention sync is dropped: none, all, or as in 1,3,5-7 (from 0).", metavar="SPEC"),
 ]
-DropMLP = Annotated[
-    Optional[str], typer.Option("--drop-mlp", help="The same for the sync after the MLP.", metavar="SPEC")
-]
-PlanPath = Annotated[Optional[Path], typer.Option("--plan", help="Plan file, or a folder made by 'distill'.")]
+DropMLP = Annotated[str | None, typer.Option("--drop-mlp", help="The same for the sync after the MLP.", metavar="SPEC")]
+PlanPath = Annotated[Path | None, typer.Option("--plan", help="Plan file, or a folder made by 'distill'.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (one GPU a process).")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Out = Annotated[Optional[Path], typer.Option(help="Also write the result here, whole or not at all.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the result here, whole or not at all.")]
 Records = Annotated[Path, typer.Option(help="Folder for the record of this run.")]
 Reproduction = Annotated[
-    Optional[str], typer.Option(help="Name of the reproduction this run is a stage of (its parent run in MLflow).")
+    str | None, typer.Option(help="Name of the reproduction this run is a stage of (its parent run in MLflow).")
 ]
 MLflow = Annotated[bool, typer.Option(help="Mirror the record to MLflow (MLFLOW_TRACKING_URI, else ./mlflow.db).")]
 SensitivityPath = Annotated[Path, typer.Argument(help="What 'sensitivity --out' wrote.", metavar="SENSITIVITY.json")]
 Percentages = Annotated[
-    Optional[str], typer.Option(help="Percentages of blocks to drop, as in 0,25,50; left out: every number of blocks.")
+    str | None, typer.Option(help="Percentages of blocks to drop, as in 0,25,50; left out: every number of blocks.")
 ]
 RUNS = Path("runs")
 
@@ -55,7 +53,7 @@ RUNS = Path("runs")
 def defaults(
     context: typer.Context,
     experiment: Annotated[
-        Optional[Path], typer.Option(help="YAML whose values become the defaults of the command's options.")
+        Path | None, typer.Option(help="YAML whose values become the defaults of the command's options.")
     ] = None,
 ) -> None:
     if experiment is not None:
@@ -187,8 +185,8 @@ def generate(
     tp: TP = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[Optional[int], typer.Option(help="Sample among the k most probable tokens.")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Sample among the fewest tokens that reach probability p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the fewest tokens reaching probability p.")] = None,
     plan: PlanPath = None, drop: Drop = None, drop_mlp: DropMLP = None, dtype: Dtype = "float32",
     device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
@@ -214,20 +212,20 @@ def generate(
 @app.command()
 def bench(
     context: typer.Context,
-    model: Annotated[Optional[str], typer.Option(help="Checkpoint folder, 'spd-tiny' or hub id.")] = None,
-    shape: Annotated[Optional[str], typer.Option(help="Named shape with random weights, as llama-125m.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder, 'spd-tiny' or hub id.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Named shape with random weights, as llama-125m.")] = None,
     tp: Annotated[int, typer.Option(help="Processes, one shard each; on CPU they are started here.", min=1)] = 1,
-    plan: Annotated[Optional[list[Path]], typer.Option(help="Plan file; give it again to compare several.")] = None,
-    drop: Annotated[Optional[list[str]], typer.Option(help="Blocks that drop; give it again to compare.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="Plan file; give it again to compare several.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Blocks that drop; give it again to compare.")] = None,
     sensitivity: Annotated[
-        Optional[Path], typer.Option(help="Compare plans that drop the least sensitive blocks of this file first.")
+        Path | None, typer.Option(help="Compare plans that drop the least sensitive blocks of this file first.")
     ] = None,
     percentages: Percentages = None,
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT; 0 leaves it out.", min=0)] = 16,
     link: Annotated[
-        Optional[str], typer.Option(help="Emulated link, waited for at every all-reduce, as in 10GBps,20us.")
+        str | None, typer.Option(help="Emulated link, waited for at every all-reduce, as in 10GBps,20us.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each plan.", min=1)] = 20,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
@@ -280,5 +278,3 @@ def main() -> None:
             raise
         error.show()  # a wrong option, with the usage
         sys.exit(error.exit_code)
-
-

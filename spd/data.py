@@ -63,7 +63,9 @@ def read_windows(
     count = len(ids) // seq_len
     if count <= skip:
         after = f", of which {skip} are skipped" if skip else ""
-        raise SPDError(f"The text {text} has {len(ids)} tokens: {count} windows of {seq_len}{after}; at least 1 is needed.")
+        raise SPDError(
+            f"The text {text} has {len(ids)} tokens: {count} windows of {seq_len}{after}; at least 1 is needed."
+        )
     stop = count if windows is None else min(count, skip + windows)
     tokens = torch.tensor(ids[skip * seq_len : stop * seq_len]).view(-1, seq_len)
     return Windows(tokens, Path(text).name, skip, count if whole else None, note)

@@ -53,9 +53,7 @@ def pad_left(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def generate(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
-) -> list[list[int]]:
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
     """Prompts and their continuations as token ids; a row ends with the model's end-of-sequence token.
 
     Raises:
@@ -87,7 +85,10 @@ def generate(
             valid = torch.cat((valid, torch.ones_like(tokens, dtype=torch.bool)), dim=1)
         if bool(finished.all()):
             break
-    return [prompt + _until(row, config.eos_token_ids) for prompt, row in zip(prompts, torch.cat(new, 1).tolist(), strict=True)]
+    return [
+        prompt + _until(row, config.eos_token_ids)
+        for prompt, row in zip(prompts, torch.cat(new, 1).tolist(), strict=True)
+    ]
 
 
 def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:

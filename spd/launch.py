@@ -102,7 +102,9 @@ def spawn(processes: int, function: Callable, *arguments) -> dict:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if processes > cores:
-        raise SPDError(f"{processes} processes were asked for and this machine has {cores} cores: timings would mean nothing.")
+        raise SPDError(
+            f"{processes} processes were asked for and this machine has {cores} cores: timings would mean nothing."
+        )
     with tempfile.TemporaryDirectory() as folder:
         work = (folder, processes, max(1, cores // processes), function, arguments)
         context = mp.start_processes(_enter, work, nprocs=processes, join=False, start_method="spawn")
@@ -111,7 +113,7 @@ def spawn(processes: int, function: Callable, *arguments) -> dict:
                 pass
         except mp.ProcessExitedException as error:
             raise SPDError(f"Process {error.error_index} of {processes} ended unexpectedly: {error}.") from error
-        except mp.ProcessRaisedException as error:
+        except mp.ProcessRaisedException:
             mistake = Path(folder, "mistake")
             if mistake.exists():
                 raise SPDError(mistake.read_text()) from None
@@ -123,7 +125,9 @@ def _enter(rank: int, folder: str, world: int, threads: int, function: Callable,
     torch.set_num_threads(threads)
     if "GLOO_SOCKET_IFNAME" not in os.environ:  # the machine's name need not resolve: stay on the loopback
         os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT
+    )
     try:
         result = function(Runtime(rank, world), *arguments)
         if rank == 0:

@@ -137,7 +137,9 @@ def read_plan(path: Path, fingerprint: str, tp: int, num_blocks: int) -> Plan:
     if len(plan) != num_blocks:
         raise SPDError(f"The plan at {path} has {len(plan)} blocks, the model {num_blocks}.")
     if made_tp != tp:
-        raise SPDError(f"The plan at {path} was made for tp={made_tp}, not tp={tp}: sensitivities differ, make one anew.")
+        raise SPDError(
+            f"The plan at {path} was made for tp={made_tp}, not tp={tp}: sensitivities differ, make one anew."
+        )
     if made_for != fingerprint:
         name = document["model"].get("name", "another model")
         raise SPDError(f"The plan at {path} was made for {name} ({made_for}), and this model is {fingerprint}.")

@@ -104,7 +104,9 @@ def read_sensitivity(path: Path, fingerprint: str | None = None, tp: int | None 
     except (ValueError, KeyError, TypeError):
         raise SPDError(f"{path} was not written by the sensitivity command (--out).") from None
     if fingerprint is not None and made_for != fingerprint:
-        raise SPDError(f"{path} was made for {document['model'].get('name')} ({made_for}), not for model {fingerprint}.")
+        raise SPDError(
+            f"{path} was made for {document['model'].get('name')} ({made_for}), not for model {fingerprint}."
+        )
     if tp is not None and made_tp != tp:
         raise SPDError(f"{path} was made for tp={made_tp}, not tp={tp}; measure the sensitivities anew.")
     return document

@@ -38,9 +38,13 @@ def resolve(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
     except GatedRepoError as error:
-        raise SPDError(f"Access to {model} is gated: ask for it on its hub page, then log in with 'hf auth login'.") from error
+        raise SPDError(
+            f"Access to {model} is gated: ask for it on its hub page, then log in with 'hf auth login'."
+        ) from error
     except RepositoryNotFoundError as error:
-        raise SPDError(f"The hub knows no model {model}, or not for your login; and there is no such folder.") from error
+        raise SPDError(
+            f"The hub knows no model {model}, or not for your login; and there is no such folder."
+        ) from error
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SPDError(f"{model} is neither a folder nor in the local cache, and the hub cannot be reached.") from error
 
@@ -118,7 +122,9 @@ class SPDModel:
             raise SPDError(f"The plan has {len(plan)} blocks, the model {self.config.num_blocks}.")
         self.transformer.plan = plan
 
-    def generate(self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> list[list[int]]:
         """Token ids, prompt included, of every prompt's continuation; `tokenizer.decode` makes them text."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]

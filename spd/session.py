@@ -57,7 +57,9 @@ class Session:
         """From `--plan`, or `--drop` and `--drop-mlp`, or everything `full`."""
         o, blocks = self.options, model.config.num_blocks
         if o.plan is None:
-            return Plan.dropping(blocks, parse_blocks(o.drop or "none", blocks), parse_blocks(o.drop_mlp or "none", blocks))
+            return Plan.dropping(
+                blocks, parse_blocks(o.drop or "none", blocks), parse_blocks(o.drop_mlp or "none", blocks)
+            )
         if o.drop is not None or o.drop_mlp is not None:
             raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
         return read_plan(o.plan, model.fingerprint, model.tp, blocks)

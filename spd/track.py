@@ -243,7 +243,7 @@ def mirror_to_mlflow(
         if reason is None:
             job = {"record": record, "files": [str(path), *map(str, artifacts)], "tracking_uri": tracking_uri}
             run_id, reason = _run_child(job, seconds)
-    except Exception as error:  # noqa: BLE001 - a result that exists must not be lost to its mirror, whatever went wrong
+    except Exception as error:
         reason = _one_line(f"{type(error).__name__}: {error}")
     if reason is None:
         return run_id
@@ -274,7 +274,7 @@ def _probe(attempt: Callable[[], None]) -> str | None:
         try:
             attempt()
             outcome.append(None)
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits
+        except Exception as error:
             outcome.append(_one_line(str(getattr(error, "reason", error)) or type(error).__name__))
 
     thread = threading.Thread(target=run, daemon=True)
@@ -342,7 +342,7 @@ def _child(job: Mapping[str, Any]) -> None:
         uri = job["tracking_uri"]
         with _one_at_a_time(uri):
             answer = {"run_id": _mirror(MlflowClient(tracking_uri=uri), job["record"], job["files"])}
-    except Exception as error:  # noqa: BLE001 - handed to the process that waits
+    except Exception as error:
         answer = {"error": _one_line(f"{type(error).__name__}: {error}")}
     print("\n" + json.dumps(answer), flush=True)
 

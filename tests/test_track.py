@@ -83,7 +83,7 @@ def test_an_unwritable_place_is_one_sentence_with_path_and_reason(tmp_path):
     (tmp_path / "file").write_text("here")
     with pytest.raises(SPDError, match=r"Cannot write .*file/out.json: (Not a directory|File exists)\.$"):
         write_json(tmp_path / "file" / "out.json", {})
-    with pytest.raises(SPDError, match="Cannot write .*: Is a directory"):
+    with pytest.raises(SPDError, match=r"Cannot write .*: Is a directory"):
         write_json(tmp_path, {})
 
 
