@@ -13,6 +13,8 @@ from spd.tiny import MODEL_DIR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+torch.set_num_threads(1)  # the models are tiny: more threads would only wait for one another
+
 # One random model for each thing that LLaMA checkpoints differ in; 8 heads of 4, so that tp up to 8 is allowed.
 VARIANTS = {
     "plain": {},

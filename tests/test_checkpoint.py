@@ -10,7 +10,7 @@ from conftest import VARIANTS, hf_config, random_model
 from safetensors.torch import load_file, save_file
 
 from spd import SPDModel
-from spd.checkpoint import SafetensorsFolder, Slice, hf_shapes, shard_slices
+from spd.checkpoint import CHUNK_BYTES, SafetensorsFolder, Slice, hf_shapes, shard_slices
 from spd.comm import Shards
 from spd.config import ModelConfig
 from spd.errors import SPDError
@@ -26,13 +26,17 @@ def test_slices_by_hand():
         Slice(attention + "k_proj.weight", 0, 8, 16),
         Slice(attention + "v_proj.weight", 0, 8, 16),
     ]
-    assert shard_slices(CONFIG, 2, 1, "blocks.1.attention.out.weight") == [Slice(attention + "o_proj.weight", 1, 16, 32)]
+    assert shard_slices(CONFIG, 2, 1, "blocks.1.attention.out.weight") == [
+        Slice(attention + "o_proj.weight", 1, 16, 32)
+    ]
     assert shard_slices(CONFIG, 2, 1, "blocks.1.attention.out.bias") == [Slice(attention + "o_proj.bias")]
     assert shard_slices(CONFIG, 4, 3, "blocks.0.mlp.gate_up.bias") == [
         Slice("model.layers.0.mlp.gate_proj.bias", 0, 48, 64),
         Slice("model.layers.0.mlp.up_proj.bias", 0, 48, 64),
     ]
-    assert shard_slices(CONFIG, 4, 3, "blocks.0.mlp.down.weight") == [Slice("model.layers.0.mlp.down_proj.weight", 1, 48, 64)]
+    assert shard_slices(CONFIG, 4, 3, "blocks.0.mlp.down.weight") == [
+        Slice("model.layers.0.mlp.down_proj.weight", 1, 48, 64)
+    ]
     assert shard_slices(CONFIG, 4, 3, "embedding.weight") == [Slice("model.embed_tokens.weight")]
 
 
@@ -130,18 +134,27 @@ def test_other_dtypes_are_converted(copy):
     assert weight.dtype == torch.float32 and torch.equal(weight, tensors["model.norm.weight"].float())
 
 
-def test_a_process_reads_only_its_shards(tmp_path):
-    """Hosting one shard of eight takes its weights and less than the largest tensor beyond them."""
+def test_a_process_reads_only_its_shards(tmp_path, monkeypatch):
+    """Hosting one shard of eight allocates its weights; what is read at once stays under the largest tensor."""
     random_model(tmp_path, vocab_size=64, hidden_size=512, intermediate_size=16384, num_hidden_layers=1)  # 100 MB
     config = ModelConfig.from_folder(tmp_path)
+    read, chunks = [], SafetensorsFolder.chunks
+
+    def watched(self, part):
+        for offset, piece in chunks(self, part):
+            read.append(piece.numel() * piece.element_size())
+            yield offset, piece
+
+    monkeypatch.setattr(SafetensorsFolder, "chunks", watched)
     SPDModel.from_pretrained(tmp_path, shards=Shards(8, rank=0, world=8))  # import and warm everything first
+    read.clear()
     before = _anonymous_bytes()
     hosted = SPDModel.from_pretrained(tmp_path, shards=Shards(8, rank=3, world=8)).transformer
-    grown = _anonymous_bytes() - before
     weights = sum(p.numel() * p.element_size() for p in hosted.parameters())
     largest = 4 * max(torch.Size(shape).numel() for shape in hf_shapes(config).values())
-    assert weights < config.parameters()  # a quarter of the bytes would be two shards of eight
-    assert grown < weights + largest
+    assert sum(read) == weights < config.parameters()  # a quarter of all bytes would be two shards of eight
+    assert max(read) <= CHUNK_BYTES < largest
+    assert _anonymous_bytes() - before < weights + largest
 
 
 def _anonymous_bytes() -> int:

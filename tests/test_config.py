@@ -5,10 +5,10 @@ import torch
 from conftest import hf_config
 from transformers import LlamaConfig
 
+from spd.comm import Shards
 from spd.config import SHAPES, ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.pretrained import build
-from spd.comm import Shards
 
 # Parameters as the models' own pages and papers give them.
 PUBLISHED = {
@@ -83,7 +83,7 @@ def test_foreign_configurations_are_refused(changes, message):
 
 
 def test_damaged_config_file(tmp_path):
-    with pytest.raises(SPDError, match="holds no config.json"):
+    with pytest.raises(SPDError, match=r"holds no config\.json"):
         ModelConfig.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SPDError, match="not valid JSON"):
@@ -93,7 +93,9 @@ def test_damaged_config_file(tmp_path):
 def test_degrees_are_named():
     config = ModelConfig(512, 64, 172, 5, 8, 4, 8, 512)
     assert config.degrees() == [1, 2, 4]
-    with pytest.raises(SPDError, match=r"tp=8 is impossible: 172 MLP neurons cannot be split over it; valid: 1, 2, 4\."):
+    with pytest.raises(
+        SPDError, match=r"tp=8 is impossible: 172 MLP neurons cannot be split over it; valid: 1, 2, 4\."
+    ):
         config.validate_tp(8)
     with pytest.raises(SPDError, match="8 heads cannot be split over it and 4 key/value heads"):
         config.validate_tp(3)

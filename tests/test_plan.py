@@ -26,7 +26,14 @@ def test_letters_and_policies_round_trip():
 
 @pytest.mark.parametrize(
     ("spec", "blocks"),
-    [("none", []), ("all", [0, 1, 2, 3, 4, 5, 6, 7]), ("3", [3]), ("1,3,5-7", [1, 3, 5, 6, 7]), (" 0 , 2 - 3", [0, 2, 3]), ("2,2", [2])],
+    [
+        ("none", []),
+        ("all", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("3", [3]),
+        ("1,3,5-7", [1, 3, 5, 6, 7]),
+        (" 0 , 2 - 3", [0, 2, 3]),
+        ("2,2", [2]),
+    ],
 )
 def test_block_numbers(spec, blocks):
     assert parse_blocks(spec, 8) == blocks
@@ -46,7 +53,12 @@ def test_budget():
     assert [parse_budget(b, 8) for b in ("0", "8", "70%", "50%", "0%", "100%")] == [0, 8, 6, 4, 0, 8]
     assert blocks_of(70, 5) == 4  # floor(3.5 + 0.5)
     assert [blocks_of(p, 80) for p in (91.3, 97.5, 98.8)] == [73, 78, 79]
-    for wrong, message in (("9", "more than the model's 8"), ("101%", "more than all"), ("x", "not a budget"), ("2.5", "not a budget")):
+    for wrong, message in (
+        ("9", "more than the model's 8"),
+        ("101%", "more than all"),
+        ("x", "not a budget"),
+        ("2.5", "not a budget"),
+    ):
         with pytest.raises(SPDError, match=message):
             parse_budget(wrong, 8)
 
