@@ -147,6 +147,8 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
     Raises:
         SPDError: no records, or some of another machine, dtype or (on CPUs, whose cores the processes share) tp.
     """
+    if not records:
+        raise SPDError("A calibration needs records of bench, and none was given.")
     kinds = {_machine_of(record) for record in [*records, *check]}
     if len(kinds) > 1:
         raise SPDError(f"The records are not of one machine, dtype and tp: {'; '.join(sorted(map(str, kinds)))}.")
