@@ -251,7 +251,7 @@ def predict_(
     shape: Annotated[str, typer.Option(help="Named shape, as llama2-70b.")],
     gpu: Annotated[str | None, typer.Option(help="Named GPU; left out: a100.")] = None,
     tp: Annotated[int, typer.Option(help="GPUs, one shard each.", min=1)] = 8,
-    nodes: Annotated[int, typer.Option(help="Nodes they are spread over: which measured all-reduce counts.", min=1)] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes they are on: which measured all-reduce counts.", min=1)] = 1,
     link: Annotated[
         str | None, typer.Option(help="Slowest hop and latency, as in 25GBps,10us; left out: the measured all-reduce.")
     ] = None,

@@ -149,4 +149,3 @@ def predict(setting: Setting, percent: float) -> dict:
 def parts_ms(time: Time) -> dict[str, float]:
     """Where the time goes, milliseconds."""
     return {name: 1e3 * seconds for name, seconds in (time.parts | {"communication": time.communication}).items()}
-

@@ -6,15 +6,15 @@ Two regimes. `lean`: the operator table without launch time (CUDA graphs) and th
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.decode_check import decode_check
 from spd.errors import SPDError
-from spd.latency import Prediction, Setting, parts_ms
+from spd.latency import Prediction, Setting, parts_ms, syncs_at
 from spd.machines import PROFILES, AllReduce, Slower, gpu, measured_all_reduce, ring_bytes
 from spd.work import Pass
 
@@ -75,8 +75,6 @@ def _figure2_pass() -> Pass:
 
 
 def _transfer_ms(all_reduce: AllReduce, percent: float) -> float:
-    from spd.latency import syncs_at
-
     a_pass = _figure2_pass()
     return 1e3 * syncs_at(a_pass.config, percent) * all_reduce.all_reduce_seconds(a_pass.payload, a_pass.tp)
 
@@ -157,6 +155,23 @@ def figure7() -> list[dict]:
     return rows
 
 
+def figure7_summary() -> list[dict]:
+    """A line a model, setting and regime: TTFT at 0 %, reduction and speedup at 70 and 100 %, and the ceiling."""
+    rows = []
+    for regime, launch in regimes().items():
+        for shape in reference()["models"]:
+            for setting in reference()["settings"]:
+                predicted = prediction(shape, setting, launch)
+                row = {"regime": regime, "shape": shape, "setting": setting}
+                full = predicted.compare("ttft", 0)
+                row |= {"ttft_ms": full["ms"], "communication_share": full["communication_share"]}
+                for percent in (70, 100):
+                    at = predicted.compare("ttft", percent)
+                    row |= {f"reduction_{percent}": at["reduction"], f"speedup_{percent}": at["speedup"]}
+                rows.append(row | {"speedup_no_communication": predicted.bound("ttft")["speedup"]})
+    return rows
+
+
 def where_time_goes() -> list[dict]:
     """Milliseconds by part at 0 %, for each model, setting and of TTFT and TPOT, in the lean regime."""
     ref, rows = reference(), []
@@ -205,6 +220,7 @@ def claims() -> list[dict]:
                 for regime, launch in launches.items():
                     row[regime] = _claimed(claim["metric"], shape, setting, percent, regime, launch)
                     row[f"{regime}: difference"] = row[regime] - paper
+                    row[f"{regime}: holds"] = holds(claim["relation"], row[regime], paper)
                 rows.append(row)
     return rows
 
@@ -251,6 +267,7 @@ def predict_paper() -> dict:
         "fits": fits(),
         "figure2": figure2(),
         "figure7": figure7(),
+        "figure7_summary": figure7_summary(),
         "claims": claims(),
         "where_time_goes": where_time_goes(),
         "heat_map": heat_map(),
@@ -261,8 +278,3 @@ def predict_paper() -> dict:
 def holds(relation: str, predicted: float, paper: float, tolerance: float = 0.05) -> bool:
     """Whether a claim holds; an equality within `tolerance` points."""
     return {"<": predicted < paper, ">": predicted > paper, "=": abs(predicted - paper) <= tolerance}[relation]
-
-
-def columns(rows: Iterable[dict], key: str) -> list:
-    """Values of `key` in order of first appearance."""
-    return list(dict.fromkeys(row[key] for row in rows))

@@ -595,7 +595,13 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    return found
+    return found + _predicted("tables", records)
+
+
+def _predicted(kind: str, records: Sequence[Record]) -> list:
+    from spd import predict_figures  # which draws with what is above
+
+    return getattr(predict_figures, kind)(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -711,7 +717,8 @@ def report(records: Iterable[Path | str], out: Path | str) -> dict:
     found = tables(loaded)
     if not found:
         raise SPDError("None of the records given is of sensitivity, sweep or bench, so there is nothing to report.")
-    content = {out / f"{s.name}.{form}": _render(s, form) for s in _sheets(single, combined) for form in ("svg", "png")}
+    sheets = _sheets(single, combined) + _predicted("sheets", loaded)
+    content = {out / f"{s.name}.{form}": _render(s, form) for s in sheets for form in ("svg", "png")}
     content |= {out / f"{table.name}.csv": _csv(table) for table in found}
     content[out / "tables.md"] = _markdown(found).encode()
     for path, data in content.items():
