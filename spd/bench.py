@@ -16,7 +16,7 @@ from spd.checkpoint import SafetensorsFolder
 from spd.comm import Collective, Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.launch import Runtime, spawn
+from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
 from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
@@ -214,6 +214,10 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
     if runtime.world == 1 and tp > 1 and runtime.device != "cpu":
         raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
     here = runtime.world > 1 or tp == 1
+    if not here and tp > cores():
+        raise SPDError(
+            f"{tp} processes on {cores()} cores would time nothing but their waiting; use at most {cores()}."
+        )
     measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings)
     setting = {"tp": tp, "world": tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
                "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype}  # fmt: skip
