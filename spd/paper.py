@@ -263,6 +263,7 @@ def predict_paper() -> dict:
     return {
         "source": reference()["source"],
         "gpu": GPU,
+        "asked": {key: reference()[key] for key in ("tp", "batch", "prompt_len")},
         "regimes": {name: None if launch is None else 1e6 * launch for name, launch in regimes().items()},
         "fits": fits(),
         "figure2": figure2(),

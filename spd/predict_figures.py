@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from spd import report
@@ -29,6 +30,7 @@ DECODE_COSTS = {
     "weights, matrix-vector": ("matrix_vector_tb_per_s", "TB/s"),
     "weights, matrix-matrix": ("matrix_matrix_tb_per_s", "TB/s"),
 }
+OUTLINE = withStroke(linewidth=1.8, foreground="0.2")  # of white words that cross white lines
 WIDTH = 9.6
 
 
@@ -60,6 +62,12 @@ def _unique(rows: Iterable[dict], key: str) -> list:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
+def _asked(record: Record) -> str:
+    """The paper's setting, which every prediction here is for."""
+    asked = _of(record, "asked")
+    return f"tp={asked['tp']}, batch {asked['batch']}, {asked['prompt_len']} tokens in"
+
+
 def _sheet(record: Record, name: str, title: str, caption: str, figure: Figure) -> Sheet:
     return Sheet(f"predicted-{name}", title, caption, [record], report._finish(figure, caption))
 
@@ -85,7 +93,7 @@ def _transfer(record: Record) -> Sheet:
     _below(figure, [*handles, Line2D([], [], color="0.25", linewidth=1, label="end of the paper's axis")], 4)
     fill = _of(record, "fits", "axis_fill")
     caption = (
-        "Predicted time of all all-reduces of a prefill of LLaMA2-70B (tp=8, batch 1, 128 tokens) against the share of"
+        f"Predicted time of all all-reduces of a prefill of LLaMA2-70B ({_asked(record)}) against the share of"
         " blocks that drop their attention sync point: figure 2 of the paper. See how far a ring over the link that the"
         f" paper states stays below the axis it needs: the fitted links reach {fill:.0%} of it at 0 %, as NCCL's table"
         " does on 1x8 HBW."
@@ -125,14 +133,16 @@ def _speedup(record: Record) -> Sheet:
         axes[0].set_ylim(bottom=0)  # after all of the row, whose scale it shares, is drawn
     handles = [Line2D([], [], color=COLOURS[i], marker=report.MARKERS[i], label=s) for i, s in enumerate(settings)]
     handles.append(Line2D([], [], color="0.15", marker="*", linestyle="", markersize=10, label="paper: equal to"))
-    handles.append(Line2D([], [], color="0.15", marker="^", linestyle="", markersize=7, fillstyle="none", label="paper: more than"))
+    handles.append(
+        Line2D([], [], color="0.15", marker="^", linestyle="", markersize=7, fillstyle="none", label="paper: more than")
+    )
     _below(figure, handles, 6)
     caption = (
         "Predicted reduction of the time to first token, 1 - t_p/t_0, against the share of blocks that drop their"
-        " attention sync point: figure 7's lower panels (tp=8, batch 1, 128 tokens, A100). Above: links fitted to"
+        f" attention sync point: figure 7's lower panels ({_asked(record)}, A100). Above: links fitted to"
         f" figure 2's axis and {launches[REDUCTION]:.0f} µs of launch an operator, fitted to the star alone; triangles"
-        " are the paper's lower bounds, 10 % for both two-node settings and 20 % for 2x4 LBW. Below: CUDA graphs, NCCL's"
-        " table, and LBW at the 10 GB/s that the paper states (on two nodes no slower than the table, so that the lines"
+        " are the paper's lower bounds for two nodes, the one at 100 % for 2x4 LBW alone. Below: CUDA graphs, NCCL's"
+        " table, and LBW at the rate that the paper states (on two nodes no slower than the table, so that the lines"
         " coincide). See that the same dropped blocks gain more where nothing is lost to launching, most of all on fast"
         " links."
     )
@@ -172,11 +182,10 @@ def _links(record: Record) -> Sheet:
     axes[0].set_ylabel("latency of an all-reduce (µs)")
     figure.colorbar(mesh, ax=axes, label="speedup (%)", pad=0.02)
     caption = (
-        f"Predicted speedup t_0/t_p - 1 of {heat['shape']} on 8 A100 with {heat['percent']} % of the blocks dropped,"
-        " over links of every bandwidth and latency, without launch time (batch 1, 128 tokens). Contours at 5, 10, 20"
-        " and 30 %. Dots: the paper's settings as stated; crosses: as figure 2's axis implies. See that bandwidth"
-        " decides for the first token and latency for the following ones, and that the most that can be reached is the"
-        " share of the all-reduces dropped."
+        f"Predicted speedup t_0/t_p - 1 of {heat['shape']} on A100 with {heat['percent']} % of the blocks dropped, over"
+        f" links of every bandwidth and latency, without launch time ({_asked(record)}). White: contours. Dots: the"
+        " paper's settings as stated; crosses: as figure 2's axis implies. See that bandwidth decides for the first"
+        " token and latency for the following ones."
     )
     return _sheet(record, "links", "Where dropping pays, predicted", caption, figure)
 
@@ -194,8 +203,9 @@ def _panel_links(ax: Axes, heat: dict, kind: str, top: float):
         at = (link["bandwidth"] / 1e9, 1e6 * link["latency"])
         ax.plot(*at, "x" if fitted else "o", color="white", markeredgecolor="white" if fitted else "0.1", markersize=6)
         above = "2x4 LBW" in name
-        ax.annotate(name.removesuffix(", fitted"), at, (0, 6 if above else -6), textcoords="offset points",
-                    ha="center", va="bottom" if above else "top", fontsize=7, color="white")  # fmt: skip
+        place = {"va": "bottom", "xytext": (0, 6)} if above else {"va": "top", "xytext": (0, -6)}
+        words = {"fontsize": 7, "color": "white", "path_effects": [OUTLINE], "textcoords": "offset points"}
+        ax.annotate(name.removesuffix(", fitted"), at, ha="center", **words, **place)
     ax.xaxis.set_major_formatter(FuncFormatter(report._plain))
     ax.yaxis.set_major_formatter(FuncFormatter(report._plain))
     ax.grid(visible=False)
@@ -214,10 +224,10 @@ def _time(record: Record) -> Sheet:
         ax.set_ylabel(f"share of {title} (%)")
     _below(figure, [Patch(color=colour, label=name) for name, colour in PARTS.items()], len(PARTS))
     caption = (
-        "Where the predicted time goes with every sync point kept (tp=8, batch 1, 128 tokens in, A100, no launch time);"
-        " above each bar its whole time in ms. LBW is the slower of NCCL's table and a ring at the stated 10 GB/s: on two"
-        " nodes, and for the few bytes of a decode step, that is the table, so that those bars equal HBW's. Dropping all"
-        " attention sync points removes half of the orange part."
+        f"Where the predicted time goes with every sync point kept ({_asked(record)}, A100, no launch time); above each"
+        " bar its whole time in ms. LBW is the slower of NCCL's table and a ring at the rate that the paper states: on"
+        " two nodes, and for the few bytes of a decode step, that is the table, so that those bars equal HBW's."
+        " Dropping all attention sync points removes half of the orange part."
     )
     return _sheet(record, "time", "Where the time goes, predicted", caption, figure)
 
@@ -262,8 +272,8 @@ def _decode(record: Record) -> Sheet:
         axis.set_minor_formatter(FuncFormatter(report._plain))
     ax.legend(loc="upper left")
     caption = (
-        "Time a step of a compiled 70B (tp 2, 4, 8; batch 1 to 64; 1024 tokens in, 512 out; measured by others, GPU not"
-        " stated), each point predicted from a fit to all others: worst error"
+        f"Time a step of a compiled 70B ({len(rows)} runs at several tp and batch; measured by others, GPU not stated),"
+        " each point predicted from a fit to all others: worst error"
         f" {check['worst_predicted']:.1%}, mean {check['mean_predicted']:.1%}."
     )
     return _sheet(record, "decode", "Decode benchmark, predicted", caption, figure)
@@ -281,8 +291,8 @@ def _claims(record: Record) -> Table:
     for name in regimes:
         formats |= {name: ".1f", f"{name}: difference": "+.1f", f"{name}: holds": ""}
     caption = (
-        "The paper's claims about time beside predictions. lean: no launch time, NCCL's table, LBW at the stated"
-        " 10 GB/s; paper: links fitted to figure 2's axis, launch time to the one equality, read as a reduction"
+        "The paper's claims about time beside predictions. lean: no launch time, NCCL's table, LBW at the rate"
+        " stated; paper: links fitted to figure 2's axis, launch time to the one equality, read as a reduction"
         " 1 - t_p/t_0 or as a speedup t_0/t_p - 1 (the lean column is a speedup). So that equality, and the transfer"
         " times at 0 % of the two paper columns, hold by fit; the others are predicted."
     )
@@ -300,7 +310,7 @@ def _fits(record: Record) -> Table:
     for reading, launch in fits["launch_us"].items():
         block = fits["launch_ms_a_block"][reading]
         rows.append({"fitted": f"launch, claim as {reading}", "unit": "µs an operator", "value": launch,
-                     "to": f"19.7 % at 70 % (70B, 1x8 LBW); {block:.2f} ms a block"})  # fmt: skip
+                     "to": f"{_equality(record)}; {block:.2f} ms a block"})  # fmt: skip
     described = _of(record, "decode_check", "costs")
     for words, (key, unit) in DECODE_COSTS.items():
         rows.append({"fitted": f"decode: {words}", "unit": unit, "value": described[key], "to": "all its rows"})
@@ -311,6 +321,12 @@ def _fits(record: Record) -> Table:
     formats = {"fitted": "", "value": ".4g", "unit": "", "if_axis_full": ".4g", "stated": "", "to": ""}
     caption = "What was fitted, and to what; if_axis_full: had figure 2's bars reached the end of their axes."
     return Table("predicted-fits", caption, rows, formats, [record])
+
+
+def _equality(record: Record) -> str:
+    """The one claim that launch time is fitted to."""
+    claim = next(claim for claim in _of(record, "claims") if claim["relation"] == "=")
+    return f"{claim['paper']:g} % at {claim['percent']:g} % ({claim['shape']}, {claim['setting']})"
 
 
 def _summary(record: Record) -> Table:
