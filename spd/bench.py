@@ -135,17 +135,21 @@ def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
         "communicates": not silent,
         "ttft_ms": spread([s.ttft for s in samples]),
         "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
-        "collectives": {point: _collective(point, samples) for point in samples[0].collectives},
+        "collectives": {point: _collective(c) for point, c in _typical(samples).collectives.items()},
     }
 
 
-def _collective(point: str, samples: list[_Sample]) -> dict:
-    taken = [s.collectives[point] for s in samples]
+def _typical(samples: list[_Sample]) -> _Sample:
+    """The sample of the (lower) median TTFT: its communication is a part of a time that was really taken."""
+    return sorted(samples, key=lambda s: s.ttft)[(len(samples) - 1) // 2]
+
+
+def _collective(spent: Collective) -> dict:
     return {
-        "count": taken[0].count,
-        "bytes": taken[0].bytes,
-        "real_ms": 1e3 * statistics.median(c.real_seconds for c in taken),
-        "emulated_ms": 1e3 * statistics.median(c.emulated_seconds for c in taken),
+        "count": spent.count,
+        "bytes": spent.bytes,
+        "real_ms": 1e3 * spent.real_seconds,
+        "emulated_ms": 1e3 * spent.emulated_seconds,
     }
 
 

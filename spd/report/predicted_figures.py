@@ -1,7 +1,4 @@
-"""Predicted figures and tables, drawn from records of `predict-paper` and `profile`; `report` writes them.
-
-Kept beside `report.py`, whose sheets and tables these are, so that measured and predicted figures look alike.
-"""
+"""Figures of predictions: records of `predict-paper`, drawn beside what the paper says."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,48 +11,26 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
-from spd import report
-from spd.report import Record, Sheet, Table
+from spd.report.figures import MARKERS, Sheet, finish, plain
+from spd.report.records import Record, newest, value_in
 
-COMMANDS = ("predict-paper", "profile")
 COLOURS = sns.color_palette("colorblind")
 KINDS = {"stated": ("ring over the stated link", COLOURS[7], ":", "^"),
          "measured": ("NCCL's table", COLOURS[0], "--", "s"),
          "fitted": ("fitted to the axis", COLOURS[1], "-", "o")}  # fmt: skip
 PARTS = {"matrix products": COLOURS[0], "attention": COLOURS[2], "pointwise": COLOURS[9], "communication": COLOURS[1]}
 REDUCTION = "paper, as reduction"
-DECODE_COSTS = {
-    "launch and gaps": ("operator_us", "µs an operator"),
-    "matrix rate": ("matrix_tflops", "TFLOPS"),
-    "weights, matrix-vector": ("matrix_vector_tb_per_s", "TB/s"),
-    "weights, matrix-matrix": ("matrix_matrix_tb_per_s", "TB/s"),
-}
 OUTLINE = withStroke(linewidth=1.8, foreground="0.2")  # of white words that cross white lines
 WIDTH = 9.6
 
 
-def sheets(records: Sequence[Record]) -> list[Sheet]:
+def predicted_sheets(records: Sequence[Record]) -> list[Sheet]:
     """Figures of the newest `predict-paper` record, none without one."""
-    chosen = _newest(records, "predict-paper")
+    chosen = newest(records, "predict-paper")
     if chosen is None:
         return []
     with sns.plotting_context("paper"), sns.axes_style("whitegrid"), mpl.rc_context({"svg.hashsalt": "spd"}):
         return [draw(chosen) for draw in (_transfer, _speedup, _links, _time, _decode)]
-
-
-def tables(records: Sequence[Record]) -> list[Table]:
-    """Tables of the newest `predict-paper` record and of the newest calibration."""
-    chosen, profile = _newest(records, "predict-paper"), _newest(records, "profile")
-    found = [] if chosen is None else [make(chosen) for make in (_claims, _fits, _summary, _transfers, _decode_errors)]
-    return found + ([] if profile is None else [_profile_errors(profile)])
-
-
-def _newest(records: Sequence[Record], command: str) -> Record | None:
-    return next((r for r in reversed(records) if r["command"] == command), None)
-
-
-def _of(record: Record, *keys: str):
-    return report._get(record, "result", *keys)
 
 
 def _unique(rows: Iterable[dict], key: str) -> list:
@@ -64,12 +39,12 @@ def _unique(rows: Iterable[dict], key: str) -> list:
 
 def _asked(record: Record) -> str:
     """The paper's setting, which every prediction here is for."""
-    asked = _of(record, "asked")
+    asked = value_in(record, "result", "asked")
     return f"tp={asked['tp']}, batch {asked['batch']}, {asked['prompt_len']} tokens in"
 
 
 def _sheet(record: Record, name: str, title: str, caption: str, figure: Figure) -> Sheet:
-    return Sheet(f"predicted-{name}", title, caption, [record], report._finish(figure, caption))
+    return Sheet(f"predicted-{name}", title, caption, [record], finish(figure, caption))
 
 
 def _below(figure: Figure, handles: list, columns: int) -> None:
@@ -81,7 +56,7 @@ def _below(figure: Figure, handles: list, columns: int) -> None:
 
 
 def _transfer(record: Record) -> Sheet:
-    rows = _of(record, "figure2")
+    rows = value_in(record, "result", "figure2")
     settings = _unique(rows, "setting")
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     for ax, setting in zip(figure.subplots(1, len(settings)), settings, strict=True):
@@ -91,7 +66,7 @@ def _transfer(record: Record) -> Sheet:
     ax.set_ylabel("transfer time (ms)")
     handles = [Line2D([], [], color=c, linestyle=s, marker=m, label=label) for label, c, s, m in KINDS.values()]
     _below(figure, [*handles, Line2D([], [], color="0.25", linewidth=1, label="end of the paper's axis")], 4)
-    fill = _of(record, "fits", "axis_fill")
+    fill = value_in(record, "result", "fits", "axis_fill")
     caption = (
         f"Predicted time of all all-reduces of a prefill of LLaMA2-70B ({_asked(record)}) against the share of"
         " blocks that drop their attention sync point: figure 2 of the paper. See how far a ring over the link that the"
@@ -116,7 +91,7 @@ def _panel_transfer(ax: Axes, rows: list[dict]) -> None:
 
 
 def _speedup(record: Record) -> Sheet:
-    rows, launches = _of(record, "figure7"), _of(record, "regimes")
+    rows, launches = value_in(record, "result", "figure7"), value_in(record, "result", "regimes")
     shapes, settings = _unique(rows, "shape"), _unique(rows, "setting")
     names = {REDUCTION: "links and launch fitted to the paper", "lean": "lean: no launch time"}
     figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
@@ -125,13 +100,13 @@ def _speedup(record: Record) -> Sheet:
         for ax, shape in zip(axes, shapes, strict=True):
             _panel_speedup(ax, [r for r in rows if (r["regime"], r["shape"]) == (regime, shape)], settings)
             if regime == REDUCTION:
-                _mark_claims(ax, shape, _of(record, "claims"))
+                _mark_claims(ax, shape, value_in(record, "result", "claims"))
                 ax.set_title(shape)
             else:
                 ax.set_xlabel("blocks dropped (%)")
         axes[0].set_ylabel(f"TTFT reduction (%)\n{words}")
         axes[0].set_ylim(bottom=0)  # after all of the row, whose scale it shares, is drawn
-    handles = [Line2D([], [], color=COLOURS[i], marker=report.MARKERS[i], label=s) for i, s in enumerate(settings)]
+    handles = [Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=s) for i, s in enumerate(settings)]
     handles.append(Line2D([], [], color="0.15", marker="*", linestyle="", markersize=10, label="paper: equal to"))
     handles.append(
         Line2D([], [], color="0.15", marker="^", linestyle="", markersize=7, fillstyle="none", label="paper: more than")
@@ -153,7 +128,7 @@ def _panel_speedup(ax: Axes, rows: list[dict], settings: list[str]) -> None:
     for i, setting in enumerate(settings):
         mine = [row for row in rows if row["setting"] == setting]
         ax.plot([r["percent"] for r in mine], [100 * r["reduction"] for r in mine], color=COLOURS[i],
-                marker=report.MARKERS[i], markersize=4, zorder=3)  # fmt: skip
+                marker=MARKERS[i], markersize=4, zorder=3)  # fmt: skip
     ax.set_xlim(-3, 105)
 
 
@@ -171,7 +146,7 @@ def _mark_claims(ax: Axes, shape: str, claims: list[dict]) -> None:
 
 
 def _links(record: Record) -> Sheet:
-    heat = _of(record, "heat_map")
+    heat = value_in(record, "result", "heat_map")
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     top = 100 * (max(max(max(row) for row in heat["speedup"][kind]) for kind in heat["speedup"]) - 1)
@@ -206,8 +181,8 @@ def _panel_links(ax: Axes, heat: dict, kind: str, top: float):
         place = {"va": "bottom", "xytext": (0, 6)} if above else {"va": "top", "xytext": (0, -6)}
         words = {"fontsize": 7, "color": "white", "path_effects": [OUTLINE], "textcoords": "offset points"}
         ax.annotate(name.removesuffix(", fitted"), at, ha="center", **words, **place)
-    ax.xaxis.set_major_formatter(FuncFormatter(report._plain))
-    ax.yaxis.set_major_formatter(FuncFormatter(report._plain))
+    ax.xaxis.set_major_formatter(FuncFormatter(plain))
+    ax.yaxis.set_major_formatter(FuncFormatter(plain))
     ax.grid(visible=False)
     return mesh
 
@@ -216,7 +191,7 @@ def _panel_links(ax: Axes, heat: dict, kind: str, top: float):
 
 
 def _time(record: Record) -> Sheet:
-    rows = _of(record, "where_time_goes")
+    rows = value_in(record, "result", "where_time_goes")
     figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for ax, (kind, title) in zip(axes, {"ttft": "TTFT", "tpot": "TPOT"}.items(), strict=True):
@@ -254,22 +229,22 @@ def _panel_time(ax: Axes, rows: list[dict]) -> None:
 
 
 def _decode(record: Record) -> Sheet:
-    check = _of(record, "decode_check", "checks", "each row held out in turn")
+    check = value_in(record, "result", "decode_check", "checks", "each row held out in turn")
     rows = check["predicted"]
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     ax = figure.subplots()
     kinds = {("no_comm", "on"): "no communication", ("standard", "on"): "P2P on", ("standard", "off"): "P2P off"}
     for i, (kind, label) in enumerate(kinds.items()):
         mine = [row for row in rows if (row["variant"], row["p2p"]) == kind]
-        ax.plot([r["measured_ms"] for r in mine], [r["predicted_ms"] for r in mine], report.MARKERS[i],
+        ax.plot([r["measured_ms"] for r in mine], [r["predicted_ms"] for r in mine], MARKERS[i],
                 color=COLOURS[i], label=label, markersize=5, zorder=3)  # fmt: skip
     ends = [0.9 * min(r["measured_ms"] for r in rows), 1.1 * max(r["measured_ms"] for r in rows)]
     ax.plot(ends, ends, color="0.25", linewidth=1)
     ax.fill_between(ends, [0.9 * e for e in ends], [1.1 * e for e in ends], color="0.9", label="within 10 %", zorder=0)
     ax.set(xlabel="measured time a step (ms)", ylabel="predicted time a step (ms)", xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(report._plain))
-        axis.set_minor_formatter(FuncFormatter(report._plain))
+        axis.set_major_formatter(FuncFormatter(plain))
+        axis.set_minor_formatter(FuncFormatter(plain))
     ax.legend(loc="upper left")
     caption = (
         f"Time a step of a compiled 70B ({len(rows)} runs at several tp and batch; measured by others, GPU not stated),"
@@ -277,99 +252,3 @@ def _decode(record: Record) -> Sheet:
         f" {check['worst_predicted']:.1%}, mean {check['mean_predicted']:.1%}."
     )
     return _sheet(record, "decode", "Decode benchmark, predicted", caption, figure)
-
-
-# ---------------------------------------------------------------- tables
-
-
-def _claims(record: Record) -> Table:
-    rows = [dict(row) for row in _of(record, "claims")]
-    regimes = list(_of(record, "regimes"))
-    for row in rows:
-        row |= {f"{name}: holds": "yes" if row[f"{name}: holds"] else "no" for name in regimes}
-    formats = {"where": "", "claim": "", "shape": "", "setting": "", "percent": "g", "relation": "", "paper": "g"}
-    for name in regimes:
-        formats |= {name: ".1f", f"{name}: difference": "+.1f", f"{name}: holds": ""}
-    caption = (
-        "The paper's claims about time beside predictions. lean: no launch time, NCCL's table, LBW at the rate"
-        " stated; paper: links fitted to figure 2's axis, launch time to the one equality, read as a reduction"
-        " 1 - t_p/t_0 or as a speedup t_0/t_p - 1 (the lean column is a speedup). So that equality, and the transfer"
-        " times at 0 % of the two paper columns, hold by fit; the others are predicted."
-    )
-    return Table("predicted-claims", caption, rows, formats, [record])
-
-
-def _fits(record: Record) -> Table:
-    fits = _of(record, "fits")
-    rows = []
-    for setting, link in fits["links"].items():
-        to = f"figure 2's axis filled by {fits['axis_fill']:.0%}; latency {link['latency_us']:.0f} µs, NCCL's least"
-        rows.append({"fitted": f"bandwidth of {setting}", "unit": "GB/s", "value": link["bandwidth_gb_per_s"],
-                     "if_axis_full": link["bandwidth_gb_per_s_if_axis_full"], "stated": link["stated"],
-                     "to": to})  # fmt: skip
-    for reading, launch in fits["launch_us"].items():
-        block = fits["launch_ms_a_block"][reading]
-        rows.append({"fitted": f"launch, claim as {reading}", "unit": "µs an operator", "value": launch,
-                     "to": f"{_equality(record)}; {block:.2f} ms a block"})  # fmt: skip
-    described = _of(record, "decode_check", "costs")
-    for words, (key, unit) in DECODE_COSTS.items():
-        rows.append({"fitted": f"decode: {words}", "unit": unit, "value": described[key], "to": "all its rows"})
-    for name, link in described["links"].items():
-        latencies = ", ".join(f"{us:.0f} (tp={tp})" for tp, us in link["latency_us"].items())
-        rows.append({"fitted": f"decode: ring, {name}", "unit": "GB/s", "value": link["ring_gb_per_s"],
-                     "to": f"all its rows; latency in µs: {latencies}"})  # fmt: skip
-    formats = {"fitted": "", "value": ".4g", "unit": "", "if_axis_full": ".4g", "stated": "", "to": ""}
-    caption = "What was fitted, and to what; if_axis_full: had figure 2's bars reached the end of their axes."
-    return Table("predicted-fits", caption, rows, formats, [record])
-
-
-def _equality(record: Record) -> str:
-    """The one claim that launch time is fitted to."""
-    claim = next(claim for claim in _of(record, "claims") if claim["relation"] == "=")
-    return f"{claim['paper']:g} % at {claim['percent']:g} % ({claim['shape']}, {claim['setting']})"
-
-
-def _summary(record: Record) -> Table:
-    formats = {"regime": "", "shape": "", "setting": "", "ttft_ms": ".2f", "communication_share": ".3f"}
-    formats |= {f"{key}_{p}": ".3f" for p in (70, 100) for key in ("reduction", "speedup")}
-    caption = (
-        "Predicted TTFT and share of communication at 0 %, reduction 1 - t_p/t_0 and speedup t_0/t_p at 70 and 100 %,"
-        " and the ceiling of any method: no communication at all."
-    )
-    formats |= {"speedup_no_communication": ".3f"}
-    return Table("predicted-figure7", caption, _of(record, "figure7_summary"), formats, [record])
-
-
-def _transfers(record: Record) -> Table:
-    formats = {"setting": "", "percent": "g", **{f"{kind}_ms": ".2f" for kind in KINDS}, "axis_upper_ms": "g"}
-    caption = "Transfer time of LLaMA2-70B's all-reduces by kind of link, beside the end of figure 2's axis."
-    return Table("predicted-figure2", caption, _of(record, "figure2"), formats, [record])
-
-
-def _decode_errors(record: Record) -> Table:
-    checks = _of(record, "decode_check", "checks")
-    keys = ("variant", "p2p", "batch", "tp")
-    rows = [dict(row) for row in checks["each row held out in turn"]["predicted"]]
-    formats = {"variant": "", "p2p": "", "batch": "d", "tp": "d", "measured_ms": ".2f", "predicted_ms": ".2f"}
-    formats |= {"error": "+.1%"}
-    for name, check in checks.items():
-        if check["fitted"]:
-            found = {tuple(r[k] for k in keys): r["error"] for r in check["predicted"]}
-            for row in rows:
-                row[name] = found.get(tuple(row[k] for k in keys))
-            formats |= {name: "+.1%"}
-    worst = "; ".join(f"{name}: worst {c['worst_predicted']:.1%}, mean {c['mean_predicted']:.1%}" for name, c in
-                      checks.items())  # fmt: skip
-    caption = f"Time a step of the decode benchmark; error of predictions of rows that were not fitted. {worst}."
-    return Table("predicted-decode", caption, rows, formats, [record])
-
-
-def _profile_errors(record: Record) -> Table:
-    rows = [{"use": use, **row} for use, found in _of(record, "errors").items() for row in found]
-    formats = dict.fromkeys(("use", "model", "tp", "link", "batch", "prompt_len", "plan", "time"), "")
-    formats |= {"measured_ms": ".3f", "predicted_ms": ".3f", "error": "+.1%"}
-    worst, points = _of(record, "worst_error"), _of(record, "speedup_points")
-    words = [f"{use}: worst error {worst[use]:.1%}, speedup within {points[use]:.1f} points" for use in worst if
-             worst[use] is not None and points[use] is not None]  # fmt: skip
-    caption = f"Measured times and a calibration's predictions ({_of(record, 'name')}). {'; '.join(words)}."
-    return Table("calibration", caption, rows, formats, [record])
