@@ -43,7 +43,9 @@ def report(records: Iterable[Path | str], out: Path | str) -> dict:
     single, combined = choose(loaded)
     found = tables(loaded)
     if not found:
-        raise SPDError("None of the records given is of sensitivity, sweep, bench or a prediction: there is nothing to report.")
+        raise SPDError(
+            "None of the records given is of sensitivity, sweep, bench or a prediction: there is nothing to report."
+        )
     drawn = sheets(single, combined) + predicted_sheets(loaded)
     content = {out / f"{s.name}.{form}": render(s, form) for s in drawn for form in ("svg", "png")}
     content |= {out / f"{table.name}.csv": csv_of(table) for table in found}
