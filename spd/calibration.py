@@ -5,7 +5,7 @@ five costs of computation (`Costs`), one all-reduce latency a degree and one cos
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,8 +110,8 @@ def _observations(record: Mapping, config: ModelConfig, name: str, row: Mapping)
     machine = Machine("", Costs(0, 0, 0, 0, 0), ELEMENT_SIZES[result["dtype"]])
     setting = Setting(config, machine, FittedAllReduce({}, 0), result["tp"], result["batch"], result["prompt_len"],
                       max(1, result["new_tokens"]))  # fmt: skip
-    label = {"model": record["model"]["name"], "tp": result["tp"], "link": result["link"], "batch": result["batch"],
-             "prompt_len": result["prompt_len"], "plan": name}  # fmt: skip
+    label = {"model": record["config"].get("shape") or record["model"]["name"]}
+    label |= {key: result[key] for key in ("tp", "link", "batch", "prompt_len")} | {"plan": name}
     syncs = Plan.from_letters(row["plan"]).syncs() if row["communicates"] else 0
     found = [(setting.prefill(), "TTFT", row["ttft_ms"])]
     if row["tpot_ms"] is not None:
@@ -142,7 +142,8 @@ def _config_of(record: Mapping) -> ModelConfig:
 def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
     """A calibration fitted to bench records, with its errors there and on the records to `check`.
 
-    Also the speedup in percentage points: predicted against measured, of every plan against all full.
+    `worst_error` and `speedup_points` (how far predicted and measured speedup against all full lie apart, in
+    percentage points) are given for TTFT and TPOT, of the records fitted and of those checked.
 
     Raises:
         SPDError: no records, or some of another machine, dtype or (on CPUs, whose cores the processes share) tp.
@@ -165,10 +166,14 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
         "costs": asdict(calibration.costs),
         "all_reduce": {"latencies": {str(d): s for d, s in real.latencies.items()}, "ring_byte": real.ring_byte},
         "records": {"fitted": [r["id"] for r in records], "checked": [r["id"] for r in check]},
-        "worst_error": {name: worst(found) for name, found in rows.items()},
-        "speedup_points": {name: _worst_points(found) for name, found in rows.items()},
+        "worst_error": {use: _by_time(worst, found) for use, found in rows.items()},
+        "speedup_points": {use: _by_time(_worst_points, found) for use, found in rows.items()},
         "errors": rows,
     }
+
+
+def _by_time(summary: Callable, rows: Sequence[Mapping]) -> dict[str, float | None]:
+    return {kind: summary([row for row in rows if row["time"] == kind]) for kind in ("TTFT", "TPOT")}
 
 
 def _machine_of(record: Mapping) -> tuple[str, str, str]:

@@ -40,7 +40,7 @@ from spd.paper import (
 )
 from spd.plan import Plan
 from spd.predict import ask
-from spd.report import report
+from spd.report import report, tables
 from spd.track import make_record, write_record
 from spd.work import Pass
 
@@ -301,16 +301,18 @@ def grid(links=(None, "10GBps,200us"), **more) -> list[dict]:
 def test_a_calibration_finds_the_costs_that_made_the_records_and_predicts_other_links_and_sizes():
     held_out = [bench_record("llama3.2-1b", "1GBps,1ms", 200, 2), bench_record("llama-125m", "100MBps,5us", 17)]
     result = profile(grid(), held_out)
-    assert result["worst_error"]["fitted"] < 1e-6 and result["worst_error"]["checked"] < 1e-3
-    assert result["speedup_points"]["checked"] < 0.1
+    for kind in ("TTFT", "TPOT"):
+        assert result["worst_error"]["fitted"][kind] < 1e-6 and result["worst_error"]["checked"][kind] < 1e-3
+        assert result["speedup_points"]["checked"][kind] < 0.1
     assert result["all_reduce"]["latencies"] == {"2": pytest.approx(1e-3, rel=1e-3)}
     assert result["costs"]["operator"] == pytest.approx(COSTS.operator, rel=1e-3)
 
 
 def test_noise_shows_in_the_errors_and_not_more_than_it_is():
     records = [bench_record(prompt_len=p, noise=n) for p, n in ((32, 1.04), (64, 0.97), (96, 1.02), (128, 0.98))]
-    assert 0.005 < profile(records)["worst_error"]["fitted"] < 0.05
-    assert profile(records)["worst_error"]["checked"] is None
+    result = profile(records)
+    assert 0.005 < result["worst_error"]["fitted"]["TTFT"] < 0.05
+    assert result["worst_error"]["checked"]["TTFT"] is None
 
 
 def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
@@ -322,6 +324,13 @@ def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
     made = bench_record(link="10GBps,200us")["result"]["plans"][0]
     assert result["ttft_ms"] == pytest.approx(made["ttft_ms"]["median"], rel=1e-3)
     assert result["tpot_ms"] == pytest.approx(made["tpot_ms"]["median"], rel=1e-3)
+
+
+def test_the_errors_of_a_calibration_are_tabled():
+    result = json.loads(json.dumps(profile(grid(), [bench_record(prompt_len=17)])))
+    (table,) = tables([make_record("profile", {}, result, started=datetime.now(UTC))])
+    assert table.name == "calibration" and len(table.rows) == 17 * 8  # four plans and bounds, two times each
+    assert "TTFT checked: error up to 0.0%" in table.caption and all(table.cells())
 
 
 def test_an_emulated_link_is_known_and_not_fitted():

@@ -111,10 +111,12 @@ def _profile_errors(record: Record) -> Table:
     rows = [{"use": use, **row} for use, found in value_in(record, "result", "errors").items() for row in found]
     formats = dict.fromkeys(("use", "model", "tp", "link", "batch", "prompt_len", "plan", "time"), "")
     formats |= {"measured_ms": ".3f", "predicted_ms": ".3f", "error": "+.1%"}
-    worst, points = value_in(record, "result", "worst_error"), value_in(record, "result", "speedup_points")
-    words = [f"{use}: worst error {worst[use]:.1%}, speedup within {points[use]:.1f} points" for use in worst if
-             worst[use] is not None and points[use] is not None]  # fmt: skip
-    caption = (
-        f"Measured times and a calibration's predictions ({value_in(record, 'result', 'name')}). {'; '.join(words)}."
-    )
+    words = [_errors_in_words(record, use, kind) for use in ("fitted", "checked") for kind in ("TTFT", "TPOT")]
+    caption = f"Measured times and a calibration's predictions on {value_in(record, 'result', 'name')}."
+    caption = " ".join([caption, *filter(None, words)])
     return Table("calibration", caption, rows, formats, [record])
+
+
+def _errors_in_words(record: Record, use: str, kind: str) -> str | None:
+    error, points = (record["result"][key][use][kind] for key in ("worst_error", "speedup_points"))
+    return None if None in (error, points) else f"{kind} {use}: error up to {error:.1%}, speedup {points:.1f} points."
