@@ -245,6 +245,81 @@ def bench(
         session.publish(result, described, tp)
 
 
+@app.command("predict")
+def predict_(
+    context: typer.Context,
+    shape: Annotated[str, typer.Option(help="Named shape, as llama2-70b.")],
+    gpu: Annotated[str | None, typer.Option(help="Named GPU; left out: a100.")] = None,
+    tp: Annotated[int, typer.Option(help="GPUs, one shard each.", min=1)] = 8,
+    nodes: Annotated[int, typer.Option(help="Nodes they are on: which measured all-reduce counts.", min=1)] = 1,
+    link: Annotated[
+        str | None, typer.Option(help="Slowest hop and latency, as in 25GBps,10us; left out: the measured all-reduce.")
+    ] = None,
+    percent: Annotated[float, typer.Option(help="Percentage of blocks that drop their attention sync.")] = 70.0,
+    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
+    prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded; TPOT is their mean.", min=1)] = 16,
+    launch_us: Annotated[float, typer.Option(help="Host time an operator waits for; 0 under CUDA graphs.", min=0)] = 0,
+    calibration: Annotated[Path | None, typer.Option(help="A machine that 'profile' calibrated, not a GPU.")] = None,
+    out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """Latency on machines that are not at hand: TTFT, TPOT, share of communication, what dropping gains, the ceiling.
+
+    reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own.
+    """
+    from spd.predict import ask
+    from spd.pretrained import describe
+
+    with _session(context) as session:
+        result, config = ask(
+            shape, percent, tp, gpu_name=gpu, nodes=nodes, link=link, calibration=calibration, batch=batch,
+            prompt_len=prompt_len, new_tokens=new_tokens, launch_us=launch_us,
+        )  # fmt: skip
+        session.publish(result, describe(config, shape, f"shape-{shape}"), tp)
+
+
+@app.command("predict-paper")
+def predict_paper_(
+    context: typer.Context,
+    out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """The paper's latency figures (2 and 7) predicted for LLaMA2 7B, 13B and 70B, beside its claims.
+
+    Also the map of links where dropping pays, where the time goes, and the model checked against a decode benchmark
+    made by others. 'report' draws the record.
+    """
+    from spd.paper import predict_paper
+
+    with _session(context) as session:
+        session.publish(predict_paper())
+
+
+@app.command()
+def profile(
+    context: typer.Context,
+    bench_records: Annotated[
+        list[Path], typer.Argument(help="Records of 'bench', or folders of them.", metavar="RECORDS...")
+    ],
+    check: Annotated[
+        list[Path] | None, typer.Option(help="Records to predict, not to fit; give it again for more.")
+    ] = None,
+    out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """Calibrate the latency model on measurements of this machine, for 'predict --calibration'.
+
+    The records should differ in shape, prompt, batch and link; the errors on those to --check are in the result.
+    """
+    from spd.calibration import profile as calibrate
+    from spd.report import load_records
+
+    with _session(context) as session:
+        session.publish(calibrate(_benches(load_records(bench_records)), _benches(load_records(check or []))))
+
+
+def _benches(records: list[dict]) -> list[dict]:
+    return [record for record in records if record["command"] == "bench"]
+
+
 @app.command()
 def report(
     context: typer.Context,

@@ -70,6 +70,7 @@ def test_importing_every_module_starts_nothing_and_writes_nothing(tmp_path):
     assert set(ROOT.joinpath("spd").rglob("*")) == before
 
 
-def test_model_files_of_spd_tiny_are_package_data():
-    assert PROJECT["tool"]["setuptools"]["package-data"] == {"spd.tiny": ["model/*"]}
-    assert all(path.is_file() for path in (ROOT / "spd/tiny/model").iterdir()), "the pattern takes no subfolders"
+def test_model_files_of_spd_tiny_and_profiles_are_package_data():
+    assert PROJECT["tool"]["setuptools"]["package-data"] == {"spd": ["profiles/*"], "spd.tiny": ["model/*"]}
+    for folder in ("spd/tiny/model", "spd/profiles"):
+        assert all(path.is_file() for path in (ROOT / folder).iterdir()), "the pattern takes no subfolders"

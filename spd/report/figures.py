@@ -46,7 +46,8 @@ LOG_FROM = 8  # a span of positive values wider than this factor is drawn on a l
 DPI = 200
 
 
-def _plain(value: float, _position: int | None = None) -> str:
+def plain(value: float, _position: int | None = None) -> str:
+    """A tick's label."""
     return f"{value:.4g}".replace("-", "−")
 
 
@@ -83,7 +84,7 @@ def _scale_around_zero(ax: Axes, values: Sequence[float]) -> None:
         ax.set_ylim(2.5 * low if low < 0 else 0, 2.5 * high if high > 0 else 0)
     else:
         ax.margins(y=0.12)
-    ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.yaxis.set_major_formatter(FuncFormatter(plain))
 
 
 def _class_handles(sources: Sources, narrow: bool) -> list[Patch]:
@@ -125,7 +126,7 @@ def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+    ax.yaxis.set_major_formatter(FuncFormatter(plain))
     ax.set(xlabel="blocks dropped (%)", ylabel="perplexity", xlim=(-2, 102))
     top = ax.secondary_xaxis("top", functions=(lambda p: p * blocks / 100, lambda b: b * 100 / blocks))
     top.set_xlabel("blocks dropped")

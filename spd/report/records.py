@@ -79,6 +79,11 @@ def count_in(record: Record, *keys: str) -> int:
     return len(value)
 
 
+def newest(records: Sequence[Record], command: str) -> Record | None:
+    """Of `load_records`' records the last of a command."""
+    return next((record for record in reversed(records) if record["command"] == command), None)
+
+
 @dataclass(frozen=True)
 class Sources:
     """The records behind one set of figures: one model at one tp (the newest of each kind, `sweeps` oldest first)."""

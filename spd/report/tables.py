@@ -43,7 +43,7 @@ def _cell(value: Any, form: str) -> str:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """The tables of `load_records`' records: sensitivity and classes, perplexity, TTFT. Raises SPDError."""
+    """The tables of `load_records`' records: sensitivities, perplexities, TTFT, predictions. Raises SPDError."""
     found = []
     for sources in choose(records)[0]:
         if sources.sensitivity:
@@ -52,7 +52,9 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    return found
+    from spd.report.predicted_tables import predicted_tables  # made of this module's tables
+
+    return found + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:

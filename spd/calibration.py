@@ -1,0 +1,220 @@
+"""Fitting the latency model to measurements, and checking it on measurements it was not fitted to.
+
+Predicted time is linear in the unit costs, so they are fitted by least squares of the relative error, none negative:
+five costs of computation (`Costs`), one all-reduce latency a degree and one cost of a byte moved by the ring.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import nnls
+
+from spd.comm import Link
+from spd.config import ModelConfig, named_shape
+from spd.errors import SPDError
+from spd.latency import Setting
+from spd.machines import Both, Costs, FittedAllReduce, Machine, ring_bytes
+from spd.plan import Plan
+from spd.work import Pass, Work
+
+SCHEMA = 1
+ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+COSTS = tuple(Costs.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One measured time and what was done in it."""
+
+    label: dict[str, str | int | float | None]  # identifies it in tables
+    work: Work
+    syncs: Mapping[tuple[str, int], float]  # number of all-reduces by (link, degree)
+    ring: Mapping[str, float]  # bytes moved by the ring, by link
+    seconds: float
+    known: float = 0.0  # seconds of it that need no fit: an emulated link's
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted unit costs, and all-reduces by the name of their link."""
+
+    costs: Costs
+    links: dict[str, FittedAllReduce]
+
+    def seconds(self, observation: Observation) -> float:
+        """Predicted time of what an observation did."""
+        total = observation.known + self.costs.seconds(observation.work)
+        for (link, degree), count in observation.syncs.items():
+            total += count * self.links[link].latencies[degree]
+        return total + sum(moved * self.links[link].ring_byte for link, moved in observation.ring.items())
+
+    def error(self, observation: Observation) -> float:
+        """Predicted over measured, minus 1."""
+        return self.seconds(observation) / observation.seconds - 1
+
+
+def fit(observations: Sequence[Observation]) -> Calibration:
+    """Least squares of the relative error, no cost negative. Raises SPDError when there is nothing to fit."""
+    if not observations:
+        raise SPDError("There are no measurements to fit a calibration to.")
+    latencies = sorted({key for o in observations for key in o.syncs})
+    links = sorted({link for o in observations for link in o.ring})
+    matrix = np.array([[*o.work.values(), *(o.syncs.get(k, 0) for k in latencies), *(o.ring.get(k, 0) for k in links)]
+                       for o in observations], dtype=float)  # fmt: skip
+    scale = matrix.max(axis=0)
+    scale[scale == 0] = 1
+    unknown = np.array([o.seconds - o.known for o in observations])
+    weight = 1 / np.array([o.seconds for o in observations])
+    found = nnls(matrix / scale * weight[:, None], unknown * weight)[0] / scale
+    costs, rest = Costs(*map(float, found[: len(COSTS)])), found[len(COSTS) :]
+    latency = dict(zip(latencies, map(float, rest), strict=False))
+    ring = dict(zip(links, map(float, rest[len(latencies) :]), strict=True))
+    by_link = {link: {d: s for (name, d), s in latency.items() if name == link} for link in links}
+    return Calibration(costs, {link: FittedAllReduce(by_link[link], ring[link]) for link in links})
+
+
+def errors(calibration: Calibration, observations: Sequence[Observation]) -> list[dict]:
+    """A row an observation: what it is, measured and predicted ms, relative error."""
+    return [
+        {**o.label, "measured_ms": 1e3 * o.seconds, "predicted_ms": 1e3 * calibration.seconds(o),
+         "error": calibration.error(o)} for o in observations
+    ]  # fmt: skip
+
+
+def worst(rows: Sequence[Mapping]) -> float | None:
+    return max((abs(row["error"]) for row in rows), default=None)
+
+
+# ---------------------------------------------------------------- measurements: records of `bench`
+
+
+def observations_of(record: Mapping) -> list[Observation]:
+    """TTFT and TPOT of every plan and bound in a bench record.
+
+    Raises:
+        SPDError: not a bench record, or its shape is neither named nor that of a model found here.
+    """
+    if record.get("command") != "bench":
+        raise SPDError(f"Record {record.get('id')} is of {record.get('command')}, and a calibration needs bench's.")
+    result, config = record["result"], _config_of(record)
+    rows = [(f"{row['blocks_dropped']} dropped", row) for row in result["plans"]]
+    rows += [(name.replace("_", " "), row) for name, row in result["bounds"].items()]
+    return [o for name, row in rows for o in _observations(record, config, name, row)]
+
+
+def _observations(record: Mapping, config: ModelConfig, name: str, row: Mapping) -> list[Observation]:
+    result = record["result"]
+    machine = Machine("", Costs(0, 0, 0, 0, 0), ELEMENT_SIZES[result["dtype"]])
+    setting = Setting(config, machine, FittedAllReduce({}, 0), result["tp"], result["batch"], result["prompt_len"],
+                      max(1, result["new_tokens"]))  # fmt: skip
+    label = {"model": record["config"].get("shape") or record["model"]["name"]}
+    label |= {key: result[key] for key in ("tp", "link", "batch", "prompt_len")} | {"plan": name}
+    syncs = Plan.from_letters(row["plan"]).syncs() if row["communicates"] else 0
+    found = [(setting.prefill(), "TTFT", row["ttft_ms"])]
+    if row["tpot_ms"] is not None:
+        found.append((setting.decode(), "TPOT", row["tpot_ms"]))
+    link = Link.parse(result["link"]) if result["link"] else None
+    return [_observe({**label, "time": kind}, p, syncs, link, 1e-3 * ms["median"]) for p, kind, ms in found]
+
+
+def _observe(label: dict, a_pass: Pass, syncs: int, link: Link | None, seconds: float) -> Observation:
+    tp = a_pass.tp
+    known = 0.0 if link is None else syncs * link.all_reduce_seconds(a_pass.payload, tp)
+    counts, ring = ({}, {}) if tp == 1 else ({("real", tp): syncs}, {"real": syncs * ring_bytes(a_pass.payload, tp)})
+    return Observation(label, a_pass.work(), counts, ring, seconds, known)
+
+
+def _config_of(record: Mapping) -> ModelConfig:
+    options = record.get("config") or {}
+    if options.get("shape"):
+        return named_shape(options["shape"])
+    from spd.pretrained import resolve
+
+    return ModelConfig.from_folder(resolve(options["model"]))
+
+
+# ---------------------------------------------------------------- the document of `spd profile`
+
+
+def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
+    """A calibration fitted to bench records, with its errors there and on the records to `check`.
+
+    `worst_error` and `speedup_points` (how far predicted and measured speedup against all full lie apart, in
+    percentage points) are given for TTFT and TPOT, of the records fitted and of those checked.
+
+    Raises:
+        SPDError: no records, or some of another machine, dtype or (on CPUs, whose cores the processes share) tp.
+    """
+    if not records:
+        raise SPDError("A calibration needs records of bench, and none was given.")
+    kinds = {_machine_of(record) for record in [*records, *check]}
+    if len(kinds) > 1:
+        raise SPDError(f"The records are not of one machine, dtype and tp: {'; '.join(sorted(map(str, kinds)))}.")
+    fitted = [o for record in records for o in observations_of(record)]
+    held_out = [o for record in check for o in observations_of(record)]
+    calibration = fit(fitted)
+    machine, dtype = _machine_of(records[0])[:2]
+    real = calibration.links.get("real", FittedAllReduce({}, 0.0))
+    rows = {"fitted": errors(calibration, fitted), "checked": errors(calibration, held_out)}
+    return {
+        "spd_calibration": SCHEMA,
+        "name": machine,
+        "dtype": dtype,
+        "costs": asdict(calibration.costs),
+        "all_reduce": {"latencies": {str(d): s for d, s in real.latencies.items()}, "ring_byte": real.ring_byte},
+        "records": {"fitted": [r["id"] for r in records], "checked": [r["id"] for r in check]},
+        "worst_error": {use: _by_time(worst, found) for use, found in rows.items()},
+        "speedup_points": {use: _by_time(_worst_points, found) for use, found in rows.items()},
+        "errors": rows,
+    }
+
+
+def _by_time(summary: Callable, rows: Sequence[Mapping]) -> dict[str, float | None]:
+    return {kind: summary([row for row in rows if row["time"] == kind]) for kind in ("TTFT", "TPOT")}
+
+
+def _machine_of(record: Mapping) -> tuple[str, str, str]:
+    hardware, result = record["hardware"], record["result"]
+    gpus = hardware.get("gpus") or []
+    name = gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores']} cores"
+    return name, result["dtype"], "" if gpus else f"tp={result['tp']}"
+
+
+def _worst_points(rows: Sequence[Mapping]) -> float | None:
+    """Largest difference of predicted and measured speedup against `all full` of the same run, percentage points."""
+    found = []
+    for row in rows:
+        key = {k: row[k] for k in ("model", "tp", "link", "batch", "prompt_len", "time")}
+        full = next((r for r in rows if r["plan"] == "all full" and {k: r[k] for k in key} == key), None)
+        if full is not None:
+            predicted, measured = (full[k] / row[k] for k in ("predicted_ms", "measured_ms"))
+            found.append(100 * abs(predicted - measured))
+    return max(found, default=None)
+
+
+def read_calibration(path: Path) -> tuple[Machine, FittedAllReduce]:
+    """The machine in a file that `spd profile --out` wrote, and its own all-reduce.
+
+    Raises:
+        SPDError: unreadable, or not such a file.
+    """
+    try:
+        document = json.loads(path.read_text())
+        if document["spd_calibration"] != SCHEMA:
+            raise KeyError
+        costs, real = Costs(**document["costs"]), document["all_reduce"]
+        latencies = {int(degree): float(seconds) for degree, seconds in real["latencies"].items()}
+        machine = Machine(document["name"], costs, ELEMENT_SIZES[document["dtype"]])
+        return machine, FittedAllReduce(latencies, float(real["ring_byte"]))
+    except OSError as error:
+        raise SPDError(f"The calibration at {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError):
+        raise SPDError(f"{path} is not a calibration; 'spd profile RECORDS --out {path}' makes one.") from None
+
+
+def over_link(real: FittedAllReduce, link: str | None) -> FittedAllReduce | Both:
+    """A calibration's all-reduce, followed by an emulated link where one is named (as `bench --link` does)."""
+    return real if link is None else Both(real, Link.parse(link))

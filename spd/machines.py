@@ -1,0 +1,241 @@
+"""Machines that passes are timed on: named GPUs with measured operator tables, and the all-reduces that join them.
+
+An operator's time is its work at the machine's unit costs over an efficiency. For named GPUs the unit costs are
+the data sheet's peaks and the efficiency is what the A100 operator table shows (see `profiles/README.md`): exact on
+the table's rows, interpolated between them. For a calibrated machine the costs are fitted and the efficiency is 1.
+"""
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from spd.config import SHAPES
+from spd.errors import SPDError
+from spd.work import Operator, Pass, Work
+
+PROFILES = Path(__file__).parent / "profiles"
+# Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
+# in size), one shard's gate and up projection for the head (it is replicated).
+STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}
+REPLICATED = ("head", "final_norm")  # whose work does not shrink with tp
+TABLE_MODELS = {"Llama-2-7b-hf": "llama2-7b", "Llama-2-70b-hf": "llama2-70b"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds a unit of each kind of `Work`, in its order."""
+
+    operator: float
+    flop: float
+    weight_byte: float
+    batched_weight_byte: float
+    activation_byte: float
+
+    def seconds(self, work: Work) -> float:
+        return sum(cost * amount for cost, amount in zip(vars(self).values(), work.values(), strict=True))
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Reference time over measured time of each operator on a grid of model, tp and tokens."""
+
+    costs: Costs  # of the GPU that was measured
+    tps: tuple[int, ...]
+    tokens: tuple[int, ...]
+    grids: Mapping[str, Mapping[str, np.ndarray]] = field(repr=False)  # operator, model: (tp, tokens)
+
+    def of(self, operator: Operator, tp: int) -> float:
+        """Interpolated in the logarithms of tokens, tp and the operator's reference time; constant beyond the table."""
+        name, tp = STAND_INS.get(operator.name, operator.name), 1 if operator.name in REPLICATED else tp
+        sizes, values = [], []
+        for model, grid in self.grids[name].items():
+            sizes.append(self.costs.seconds(_operator(model, tp, operator.tokens, name).work))
+            along_tokens = [_interpolate(operator.tokens, self.tokens, row) for row in grid]
+            values.append(_interpolate(tp, self.tps, along_tokens))
+        return _interpolate(self.costs.seconds(operator.work), sizes, values)
+
+
+def _interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear in log x; the nearest value beyond the ends."""
+    return float(np.interp(np.log(at), np.log(xs), ys))
+
+
+def _operator(model: str, tp: int, tokens: int, name: str) -> Operator:
+    one = Pass(SHAPES[model], tp, tokens=tokens)
+    return next(operator for operator in [*one.block(), *one.ends()] if operator.name == name)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes one shard. `launch` is host time that every operator waits for: 0 under CUDA graphs."""
+
+    name: str
+    costs: Costs
+    element_size: int = 2  # bytes
+    launch: float = 0.0  # seconds an operator
+    efficiencies: Efficiencies | None = field(default=None, repr=False)
+
+    def seconds(self, operator: Operator, tp: int) -> float:
+        """On the device, launch left out."""
+        reference = self.costs.seconds(operator.work)
+        return reference if self.efficiencies is None else reference / self.efficiencies.of(operator, tp)
+
+
+# ---------------------------------------------------------------- all-reduces
+
+
+class AllReduce(Protocol):
+    """Anything that says how long an all-reduce of `payload` bytes over `participants` takes, as `comm.Link` does."""
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class MeasuredAllReduce:
+    """Times by size, interpolated in the logarithms of both; beyond the sizes: the least time, the last bandwidth."""
+
+    name: str
+    payloads: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float:
+        if participants == 1 or payload == 0:
+            return 0.0
+        if payload > self.payloads[-1]:
+            return self.seconds[-1] * payload / self.payloads[-1]
+        return float(np.exp(_interpolate(payload, self.payloads, np.log(self.seconds))))
+
+    @property
+    def latency(self) -> float:
+        """The least time of any size, seconds."""
+        return min(self.seconds)
+
+
+@dataclass(frozen=True)
+class FittedAllReduce:
+    """A calibration's: one latency a degree, one cost of a byte that the ring moves."""
+
+    latencies: Mapping[int, float]  # seconds
+    ring_byte: float  # seconds
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float:
+        if participants == 1:
+            return 0.0
+        if participants not in self.latencies:
+            known = ", ".join(map(str, sorted(self.latencies))) or "none"
+            raise SPDError(f"The calibration has no all-reduce over tp={participants}; degrees calibrated: {known}.")
+        return self.latencies[participants] + ring_bytes(payload, participants) * self.ring_byte
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two all-reduces one after the other: the real one and an emulated link."""
+
+    first: AllReduce
+    second: AllReduce
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float:
+        return sum(one.all_reduce_seconds(payload, participants) for one in (self.first, self.second))
+
+
+@dataclass(frozen=True)
+class Slower:
+    """The slower of two hops, which sets a ring's pace."""
+
+    first: AllReduce
+    second: AllReduce
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float:
+        return max(one.all_reduce_seconds(payload, participants) for one in (self.first, self.second))
+
+
+def ring_bytes(payload: float, participants: int) -> float:
+    """Bytes that a ring moves over its slowest hop: 2 (n-1)/n of the payload."""
+    return 2 * (participants - 1) / participants * payload
+
+
+# ---------------------------------------------------------------- named machines
+
+
+def gpu(name: str, launch: float = 0.0) -> Machine:
+    """A named GPU, `launch` seconds an operator. Raises SPDError listing the known ones."""
+    row = _gpu_row(name)
+    return Machine(name, _peaks(row), 2, launch, _a100_efficiencies())
+
+
+def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> MeasuredAllReduce:
+    """NCCL's times over `tp` GPUs spread evenly over `nodes`.
+
+    Raises:
+        SPDError: nothing was measured there, with the arrangements that were.
+    """
+    system = _gpu_row(gpu_name)["all_reduce_system"]
+    tables = {key[1:]: table for key, table in _all_reduce_tables().items() if key[0] == system}
+    per_node = tp / nodes
+    if (tp, per_node) not in tables:
+        known = ", ".join(f"tp={w} on {w // d} node{'s' * (w > d)}" for w, d in tables) or "none"
+        raise SPDError(
+            f"No all-reduce table for {gpu_name} with tp={tp} on {nodes} node{'s' * (nodes > 1)} (measured: {known}); "
+            "give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us'."
+        )
+    sizes, seconds = zip(*tables[tp, per_node], strict=True)
+    return MeasuredAllReduce(f"NCCL measured on {system}, {nodes} x {tp // nodes}", sizes, seconds)
+
+
+def gpu_names() -> list[str]:
+    return [row["gpu"] for row in read_profile("gpus")]
+
+
+@cache
+def read_profile(name: str) -> list[dict[str, str]]:
+    """Rows of a CSV among the profiles."""
+    with open(PROFILES / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _gpu_row(name: str) -> dict[str, str]:
+    rows = {row["gpu"]: row for row in read_profile("gpus")}
+    if name not in rows:
+        raise SPDError(f"Unknown GPU '{name}'; known: {', '.join(rows)}.")
+    return rows[name]
+
+
+def _peaks(row: Mapping[str, str]) -> Costs:
+    """Unit costs at the data sheet's peaks; no kernel is shorter than the shortest in the operator table."""
+    byte = 1 / float(row["memory_bytes_per_second"])
+    shortest = min(float(r[key]) for r in read_profile("layer_ops_a100") for key in r if key.endswith("_us"))
+    return Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte)
+
+
+@cache
+def _a100_efficiencies() -> Efficiencies:
+    rows = read_profile("layer_ops_a100")
+    tps, tokens = (tuple(sorted({int(row[key]) for row in rows})) for key in ("tp", "tokens"))
+    costs = _peaks(_gpu_row("a100"))
+    grids: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for column in (key for key in rows[0] if key.endswith("_us")):
+        name = column.removesuffix("_us")
+        for label, model in TABLE_MODELS.items():
+            grid = np.empty((len(tps), len(tokens)))
+            for row in (r for r in rows if r["model"] == label):
+                tp, count = int(row["tp"]), int(row["tokens"])
+                reference = costs.seconds(_operator(model, tp, count, name).work)
+                grid[tps.index(tp), tokens.index(count)] = reference / (1e-6 * float(row[column]))
+            grids[name][model] = grid
+    return Efficiencies(costs, tps, tokens, grids)
+
+
+@cache
+def _all_reduce_tables() -> dict[tuple[str, int, int], list[tuple[float, float]]]:
+    """(bytes, seconds) by (system, workers, workers of a node)."""
+    tables = defaultdict(list)
+    for row in read_profile("all_reduce_a100"):
+        key = row["system"], int(row["workers"]), int(row["devices_per_node"])
+        tables[key].append((float(row["bytes"]), 1e-6 * float(row["all_reduce_us"])))
+    return {key: sorted(table) for key, table in tables.items()}

@@ -1,0 +1,365 @@
+"""The latency model: counted work, tables reproduced, links, fits that find what made the numbers, errors in words."""
+
+import copy
+import csv
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from spd.calibration import Calibration, fit, observations_of, over_link, profile, read_calibration, worst
+from spd.comm import Link
+from spd.config import SHAPES
+from spd.decode_check import decode_check, observations
+from spd.errors import SPDError
+from spd.latency import Prediction, Setting, predict, syncs_at
+from spd.machines import (
+    TABLE_MODELS,
+    Costs,
+    FittedAllReduce,
+    Machine,
+    Slower,
+    gpu,
+    gpu_names,
+    measured_all_reduce,
+    read_profile,
+)
+from spd.paper import (
+    claims,
+    figure2,
+    figure7,
+    fitted_launch,
+    fitted_link,
+    predict_paper,
+    prediction,
+    reference,
+    stated_link,
+)
+from spd.plan import Plan
+from spd.predict import ask
+from spd.report import report, tables
+from spd.track import make_record, write_record
+from spd.work import Pass
+
+TEN_GIGABYTES = Link.parse("10GBps,20us")
+COSTS = Costs(2e-5, 1e-11, 1e-10, 3e-11, 2e-10)  # round numbers, as of a slow CPU
+
+
+# ---------------------------------------------------------------- work
+
+
+@pytest.mark.parametrize("shape", ["llama2-7b", "llama2-70b", "llama3.2-1b"])
+def test_matrix_products_count_every_weight_once_and_two_flops_a_token(shape):
+    config, tokens = SHAPES[shape], 3
+    one = Pass(config, 1, batch=2, tokens=tokens, element_size=2)
+    products = [o.work for o in one.block() if o.kind == "matrix products"]
+    norms, ends = 2 * config.hidden_size, config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    weights = (config.parameters() - ends - config.hidden_size) / config.num_blocks - norms
+    assert sum(work.weight_bytes for work in products) == 2 * weights
+    assert sum(work.flops for work in products) == 2 * weights * 2 * tokens
+
+
+def test_tp_divides_the_matrix_work_and_not_the_payload():
+    whole, part = Pass(SHAPES["llama2-7b"], 1, tokens=5), Pass(SHAPES["llama2-7b"], 4, tokens=5)
+    for one, shard in zip(whole.block(), part.block(), strict=True):
+        if one.kind == "matrix products":
+            assert shard.work.flops * 4 == one.work.flops
+    assert part.payload == whole.payload == 5 * 4096 * 2
+
+
+def test_only_several_tokens_at_once_read_weights_in_a_batch():
+    assert Pass(SHAPES["llama2-7b"], 1).work().batched_weight_bytes == 0
+    many = Pass(SHAPES["llama2-7b"], 1, batch=2)
+    assert many.work().batched_weight_bytes == many.work().weight_bytes
+
+
+# ---------------------------------------------------------------- machines and tables
+
+
+def test_every_row_of_the_operator_table_is_reproduced():
+    machine, columns = gpu("a100"), [key for key in read_profile("layer_ops_a100")[0] if key.endswith("_us")]
+    for row in read_profile("layer_ops_a100"):
+        one = Pass(SHAPES[TABLE_MODELS[row["model"]]], int(row["tp"]), tokens=int(row["tokens"]))
+        operators = {o.name: o for o in [*one.block(), *one.ends()]}
+        for column in columns:
+            seconds = machine.seconds(operators[column.removesuffix("_us")], one.tp)
+            assert 1e6 * seconds == pytest.approx(float(row[column]), rel=1e-9)
+
+
+def test_every_row_of_the_all_reduce_table_is_reproduced():
+    for row in read_profile("all_reduce_a100"):
+        name = {"a100_dgx": "a100", "a100_pairwise_nvlink": "a100-pairwise"}[row["system"]]
+        workers, nodes = int(row["workers"]), int(row["workers"]) // int(row["devices_per_node"])
+        seconds = measured_all_reduce(name, workers, nodes).all_reduce_seconds(float(row["bytes"]), workers)
+        assert 1e6 * seconds == pytest.approx(float(row["all_reduce_us"]), rel=1e-9)
+
+
+def test_between_sizes_an_all_reduce_lies_between_its_neighbours_and_beyond_them_keeps_the_bandwidth():
+    table = measured_all_reduce("a100", 8, 2)
+    assert 462e-6 < table.all_reduce_seconds(3 << 20, 8) < 613e-6  # between 2 and 4 MiB
+    assert table.all_reduce_seconds(128 << 20, 8) == pytest.approx(2 * table.all_reduce_seconds(64 << 20, 8))
+    assert table.all_reduce_seconds(1, 8) == table.all_reduce_seconds(2048, 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 200, 8192])
+def test_operators_of_13b_lie_between_those_of_7b_and_70b(tokens):
+    machine = gpu("a100")
+    times = [
+        [machine.seconds(o, 8) for o in Pass(SHAPES[shape], 8, tokens=tokens).block() if o.kind == "matrix products"]
+        for shape in ("llama2-7b", "llama2-13b", "llama2-70b")
+    ]
+    assert all(small < middle < large for small, middle, large in zip(*times, strict=True))
+
+
+def test_a_machine_with_higher_peaks_is_faster_and_a_launch_time_adds_up():
+    one = Pass(SHAPES["llama2-7b"], 8, tokens=128)
+    a100, h100 = ([gpu(name).seconds(o, 8) for o in one.block()] for name in ("a100", "h100"))
+    assert all(new < old for new, old in zip(h100, a100, strict=True))
+    plain, slow = (Setting(SHAPES["llama2-7b"], gpu("a100", launch), TEN_GIGABYTES, 8) for launch in (0, 1e-5))
+    more = Prediction(slow).dropping("ttft", 0).total - Prediction(plain).dropping("ttft", 0).total
+    assert more == pytest.approx(1e-5 * (32 * 11 + 3))
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def setting(shape="llama2-7b", link=TEN_GIGABYTES, tp=8, **more) -> Setting:
+    return Setting(SHAPES[shape], gpu("a100"), link, tp, **more)
+
+
+def test_communication_is_the_ring_formula_times_the_sync_points():
+    predicted = Prediction(setting(batch=2, prompt_len=100))
+    payload = 2 * 100 * 4096 * 2
+    one = 20e-6 + 2 * 7 / 8 * payload / 10e9
+    assert predicted.dropping("ttft", 0).communication == pytest.approx(64 * one)
+    assert predicted.dropping("ttft", 50).communication == pytest.approx(48 * one)
+    assert predicted.dropping("tpot", 100).communication == pytest.approx(
+        32 * (20e-6 + 2 * 7 / 8 * 2 * 4096 * 2 / 10e9)
+    )
+
+
+def test_sync_points_are_counted_as_the_engine_counts_them():
+    config = SHAPES["llama2-13b"]
+    for percent, dropped in ((0, 0), (50, 20), (62.5, 25), (98.8, 40), (100, 40)):
+        assert syncs_at(config, percent) == Plan.dropping(40, range(dropped)).syncs()
+
+
+@pytest.mark.parametrize("free", [Link(float("inf"), 0.0), Link.parse("1000000TBps,0us")])
+def test_over_a_free_link_dropping_gains_nothing(free):
+    result = predict(setting(link=free), 100)
+    assert result["communication_share"] == pytest.approx(0, abs=1e-6)
+    assert result["speedup"] == pytest.approx(1, abs=1e-6)
+
+
+def test_one_gpu_communicates_nothing():
+    result = predict(setting(tp=1), 100)
+    assert (result["communication_share"], result["reduction"], result["speedup"]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["ttft", "tpot"])
+def test_more_dropped_is_never_slower_nor_beyond_the_ceiling(kind):
+    predicted = Prediction(setting("llama2-70b"))
+    speedups = [predicted.compare(kind, percent)["speedup"] for percent in range(0, 101, 5)]
+    assert speedups == sorted(speedups) and speedups[0] == 1
+    assert speedups[-1] < predicted.bound(kind)["speedup"]
+
+
+def test_a_slower_link_makes_dropping_pay_more():
+    slow, fast = (predict(setting(link=Link.parse(f"{b}GBps,10us")), 70) for b in (5, 50))
+    assert slow["speedup"] > fast["speedup"] and slow["communication_share"] > fast["communication_share"]
+    both = Slower(Link.parse("5GBps,10us"), Link.parse("50GBps,10us"))
+    assert predict(setting(link=both), 70) == slow
+
+
+def test_reduction_and_speedup_are_two_views_of_the_same_times():
+    result = predict(setting(), 70)
+    full = result["all_full"]["ttft"]["ms"]
+    assert result["reduction"] == pytest.approx(1 - result["ttft_ms"] / full)
+    assert result["speedup"] == pytest.approx(full / result["ttft_ms"])
+    assert sum(result["parts_ms"]["ttft"].values()) == pytest.approx(result["ttft_ms"])
+
+
+# ---------------------------------------------------------------- questions and their answers
+
+
+def test_an_answer_has_the_keys_scripts_rely_on_and_is_strict_json():
+    result, _ = ask("llama2-70b", 70, 8, gpu_name="a100", link="25GBps,10us")
+    text = json.dumps(result, allow_nan=False)
+    keys = {"ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup", "ceiling"}
+    assert keys <= set(json.loads(text))
+    assert set(result["ceiling"]) == {"all_attention_dropped", "no_communication"}
+    assert result["blocks_dropped"] == 56
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"shape": "llama2-8b"}, "llama2-7b, llama2-13b"),
+        ({"gpu_name": "b300"}, ", ".join(gpu_names())),
+        ({"link": "10Gbit"}, "'10GBps,20us'"),
+        ({"percent": 101}, "between 0 and 100"),
+        ({"tp": 3}, "valid: 1, 2, 4, 8"),
+        ({"tp": 8, "nodes": 3}, "evenly over 3 nodes"),
+        ({"gpu_name": "h100"}, "--link"),
+        ({"tp": 8, "nodes": 4}, "tp=8 on 1 node, "),
+        ({"prompt_len": 4090}, "4096 positions"),
+        ({"calibration": "nowhere.json", "gpu_name": "a100"}, "either --gpu or --calibration"),
+    ],
+)
+def test_mistakes_are_answered_in_words(options, words):
+    with pytest.raises(SPDError) as caught:
+        ask(**{"shape": "llama2-7b", "percent": 70, **options})
+    assert words in str(caught.value) and str(caught.value).endswith((".", "'."))
+
+
+# ---------------------------------------------------------------- the paper and the decode benchmark
+
+
+def test_fitted_links_fill_figure_2_and_the_stated_ones_do_not():
+    rows = {row["setting"]: row for row in figure2() if row["percent"] == 0}
+    fill = rows["1x8 HBW"]["measured_ms"] / rows["1x8 HBW"]["axis_upper_ms"]
+    for name, row in rows.items():
+        assert row["fitted_ms"] / row["axis_upper_ms"] == pytest.approx(fill)
+        assert row["stated_ms"] < row["fitted_ms"], name
+    assert stated_link("1x8 LBW").bandwidth == 10e9
+    assert fitted_link("1x8 LBW", 1.0).bandwidth < fitted_link("1x8 LBW").bandwidth < 10e9
+
+
+@pytest.mark.parametrize("reading", ["reduction", "speedup"])
+def test_launch_time_is_fitted_to_the_one_equality_and_the_others_are_predicted(reading):
+    row = prediction("llama2-70b", "1x8 LBW", fitted_launch(reading)).compare("ttft", 70)
+    gain = row["reduction"] if reading == "reduction" else row["speedup"] - 1
+    assert gain == pytest.approx(0.197)
+
+
+def test_read_as_a_reduction_every_claim_of_the_paper_holds():
+    assert {row["paper, as reduction: holds"] for row in claims()} == {True}
+
+
+def test_figure_7_covers_every_model_setting_and_percentage():
+    rows = [row for row in figure7() if row["regime"] == "lean"]
+    percentages = reference()["figure7"]["percent"]
+    wanted = {(m, s, p) for m in reference()["models"] for s in reference()["settings"] for p in (0, *percentages[m])}
+    assert {(row["shape"], row["setting"], row["percent"]) for row in rows} == wanted
+
+
+def test_the_decode_benchmark_is_predicted_within_ten_percent_between_the_fitted_batches():
+    checked = decode_check()
+    assert checked["rows"] == 30
+    assert checked["checks"]["batch 16 held out"]["worst_predicted"] < 0.10
+    assert checked["checks"]["each row held out in turn"]["mean_predicted"] < 0.05
+    assert all(o.seconds > 0 for o in observations())
+
+
+def test_the_report_draws_and_tables_the_record(tmp_path):
+    result = json.loads(json.dumps(predict_paper(), allow_nan=False))
+    record = make_record("predict-paper", {}, result, started=datetime.now(UTC))
+    drawn = report([write_record(record, tmp_path / "records")], tmp_path / "out")
+    names = {Path(file).name for file in drawn["files"]}
+    figures = {f"predicted-{name}" for name in ("figure2", "figure7", "links", "time", "decode")}
+    assert {f"{name}.{form}" for name in figures for form in ("png", "svg")} <= names
+    assert {f"predicted-{name}.csv" for name in ("claims", "fits", "figure2", "figure7", "decode")} <= names
+    svg = (tmp_path / "out/predicted-figure7.svg").read_text()
+    assert record["id"] in svg and "llama2-13b" in svg
+    with open(tmp_path / "out/predicted-claims.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["paper"]) for row in rows] == [row["paper"] for row in result["claims"]]
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def bench_record(shape="llama-125m", link=None, prompt_len=64, batch=1, tp=2, noise=1.0) -> dict:
+    """A record as `bench` writes it, its times made by known costs: TTFT and TPOT are 0 % off if noise is 1."""
+    config, real = SHAPES[shape], FittedAllReduce({tp: 1e-3}, 1e-10)
+    machine = Machine("synthetic", COSTS, 4)
+    predicted = Prediction(Setting(config, machine, over_link(real, link), tp, batch, prompt_len, 16))
+    blocks = config.num_blocks
+
+    def row(plan: Plan, communicates: bool = True) -> dict:
+        times = {k: predicted.time(k, plan.syncs() if communicates else 0).total for k in ("ttft", "tpot")}
+        return {"plan": str(plan), "blocks_dropped": len(plan.dropped()), "communicates": communicates,
+                **{f"{k}_ms": {"median": 1e3 * noise * s} for k, s in times.items()}}  # fmt: skip
+
+    full, dropped = Plan.full(blocks), Plan.dropping(blocks, range(blocks))
+    bounds = {"all_full": row(full), "all_attention_dropped": row(dropped), "no_communication": row(full, False)}
+    result = {"tp": tp, "batch": batch, "prompt_len": prompt_len, "new_tokens": 16, "link": link, "dtype": "float32",
+              "plans": [row(Plan.dropping(blocks, range(blocks // 2)))], "bounds": bounds}  # fmt: skip
+    config, hardware = {"shape": shape, "model": None}, {"cpu": "Synthetic", "cores": 2, "gpus": []}
+    return {"id": f"{shape}-{link}-{prompt_len}-{batch}", "command": "bench", "config": config,
+            "model": {"name": shape}, "hardware": hardware, "result": result}  # fmt: skip
+
+
+def grid(links=(None, "10GBps,200us"), **more) -> list[dict]:
+    sizes = product(("llama-8m", "llama-125m"), (32, 128), (1, 4))
+    return [bench_record(s, link, p, b, **more) for s, p, b in sizes for link in links]
+
+
+def test_a_calibration_finds_the_costs_that_made_the_records_and_predicts_other_links_and_sizes():
+    held_out = [bench_record("llama3.2-1b", "1GBps,1ms", 200, 2), bench_record("llama-125m", "100MBps,5us", 17)]
+    result = profile(grid(), held_out)
+    for kind in ("TTFT", "TPOT"):
+        assert result["worst_error"]["fitted"][kind] < 1e-6 and result["worst_error"]["checked"][kind] < 1e-3
+        assert result["speedup_points"]["checked"][kind] < 0.1
+    assert result["all_reduce"]["latencies"] == {"2": pytest.approx(1e-3, rel=1e-3)}
+    assert result["costs"]["operator"] == pytest.approx(COSTS.operator, rel=1e-3)
+
+
+def test_noise_shows_in_the_errors_and_not_more_than_it_is():
+    records = [bench_record(prompt_len=p, noise=n) for p, n in ((32, 1.04), (64, 0.97), (96, 1.02), (128, 0.98))]
+    result = profile(records)
+    assert 0.005 < result["worst_error"]["fitted"]["TTFT"] < 0.05
+    assert result["worst_error"]["checked"]["TTFT"] is None
+
+
+def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(profile(grid(links=(None,)))))
+    machine, own = read_calibration(path)
+    assert machine.element_size == 4 and own.all_reduce_seconds(0, 2) == pytest.approx(1e-3, rel=1e-3)
+    result, _ = ask("llama-125m", 50, 2, calibration=path, link="10GBps,200us", prompt_len=64)
+    made = bench_record(link="10GBps,200us")["result"]["plans"][0]
+    assert result["ttft_ms"] == pytest.approx(made["ttft_ms"]["median"], rel=1e-3)
+    assert result["tpot_ms"] == pytest.approx(made["tpot_ms"]["median"], rel=1e-3)
+
+
+def test_the_errors_of_a_calibration_are_tabled():
+    result = json.loads(json.dumps(profile(grid(), [bench_record(prompt_len=17)])))
+    (table,) = tables([make_record("profile", {}, result, started=datetime.now(UTC))])
+    assert table.name == "calibration" and len(table.rows) == 17 * 8  # four plans and bounds, two times each
+    assert "TTFT checked: error up to 0.0%" in table.caption and all(table.cells())
+
+
+def test_an_emulated_link_is_known_and_not_fitted():
+    with_link, without = (observations_of(bench_record(link=link))[0] for link in ("10GBps,200us", None))
+    assert without.known == 0
+    assert with_link.known == pytest.approx((12 + 6) * (200e-6 + 64 * 768 * 4 / 10e9))  # half of 12 blocks dropped
+
+
+def test_calibrations_refuse_what_does_not_belong_together(tmp_path):
+    other = copy.deepcopy(bench_record())
+    other["hardware"]["cpu"] = "Another"
+    with pytest.raises(SPDError, match="not of one machine"):
+        profile([bench_record(), other])
+    with pytest.raises(SPDError, match="records of bench"):
+        profile([])
+    with pytest.raises(SPDError, match="of eval"):
+        observations_of({"id": "x", "command": "eval"})
+    for text in ("{}", "no JSON", '{"spd_calibration": 1}'):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(SPDError, match="is not a calibration"):
+            read_calibration(tmp_path / "c.json")
+    with pytest.raises(SPDError, match="degrees calibrated: 2"):
+        FittedAllReduce({2: 1e-3}, 0).all_reduce_seconds(10, 4)
+    with pytest.raises(SPDError, match="no measurements"):
+        fit([])
+
+
+def test_no_fitted_cost_is_negative():
+    calibration = fit(observations())
+    assert isinstance(calibration, Calibration)
+    assert all(cost >= 0 for cost in asdict(calibration.costs).values())
+    assert worst([{"error": -0.2}, {"error": 0.1}]) == 0.2
