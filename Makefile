@@ -54,7 +54,7 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny predict tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -109,6 +109,11 @@ $(RUN)/bench.json: $(RUN)/sensitivity.json
 
 FORCE:
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself
+
+predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
+	rm -rf runs/predict
+	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
+	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)
