@@ -136,6 +136,14 @@ class Shards:
             spent.emulated_seconds += time.perf_counter() - reached
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What all shards hold, (tp, ...), from the (k, ...) of every process; uncounted, for offline work."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts)
+
     def align(self) -> None:
         """Waits until every process is here, uncounted."""
         if self.world > 1:
