@@ -91,17 +91,17 @@ def _refuse_lonely_accelerate() -> None:
                 raise SPDError(f"accelerate was asked for {asked} processes and started one; use torchrun on CPU.")
 
 
-def spawn(processes: int, function: Callable, *arguments) -> dict:
+def spawn(processes: int, function: Callable, *arguments, crowded: bool = False) -> dict:
     """Runs `function(runtime, *arguments)` in `processes` gloo processes of this machine; gives rank 0's result.
 
     The cores are shared out evenly. `function` must be importable, its arguments picklable and
-    its result a JSON document.
+    its result a JSON document. `crowded` permits more processes than cores: for results, never for timings.
 
     Raises:
         SPDError: fewer cores than processes, or what `function` raised.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if processes > cores:
+    if processes > cores and not crowded:
         raise SPDError(
             f"{processes} processes were asked for and this machine has {cores} cores: timings would mean nothing."
         )

@@ -110,11 +110,15 @@ class Attention(nn.Module):
         self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
         self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
 
-    def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
-        """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+    def project(self, x: Tensor, context: "Context") -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (S, B, h, T, d), keys and values (S, B, g, T, d), after the rotary embedding."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)
         q, k, v = heads.split((self.h, self.g, self.g), dim=2)
-        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        return rotate(q, *context.rotary), rotate(k, *context.rotary), v
+
+    def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
+        """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.extend(block, k, v)
         mask = None if context.mask is None else context.mask.repeat(q.shape[0], 1, 1, 1)
@@ -224,6 +228,12 @@ class Transformer(nn.Module):
         if last_only:
             stream = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
         return self.logits(stream)
+
+    @staticmethod
+    def is_sharded(parameter: str) -> bool:
+        """Whether each shard has its own part of the parameter so named; the others are equal on all shards."""
+        inner, kind = parameter.split(".")[-2:]
+        return inner in ("qkv", "gate_up") or (inner in ("out", "down") and kind == "weight")
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         weight, shards = self.embedding.weight, self.shards
