@@ -179,6 +179,54 @@ def sweep(
 
 
 @app.command()
+def distill(
+    context: typer.Context, model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for plan, changed tensors and result; a run goes on in its own.")],
+    tp: TP = 1, text: Text = None, seq_len: SeqLen = None, windows: Windows = None, skip: Skip = 0,
+    plan: PlanPath = None, drop: Drop = None, drop_mlp: DropMLP = None,
+    recipe: Annotated[
+        str, typer.Option(help="zs (nothing), closed-form (no training), paper, or best.", metavar="NAME")
+    ] = "closed-form",
+    strategy: Annotated[
+        str, typer.Option(help="Of the paper's recipe, as in its figure 7: zs, b2b or b2b+hg.", metavar="NAME")
+    ] = "b2b+hg",
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the windows for each block; left out: the recipe's.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's (paper), or its share of each weight's size (best).")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam or adamw; the paper does not say.")] = None,
+    joint_epochs: Annotated[
+        int | None, typer.Option(help="Passes of all dropped blocks together, towards the logits (best).")
+    ] = None,
+    generated: Annotated[
+        int | None, typer.Option(help="Windows that the model writes itself to learn from besides the text (best).")
+    ] = None,
+    device: Device = "cpu", seed: Seed = 0, records: Records = RUNS,
+    reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """Repair the blocks that a plan drops, so that the model loses less.
+
+    paper: algorithm 1 with the plan's classes: blocks are distilled one by one, extremely sensitive ones after their
+    heads were grouped. best: closed form, then distillation in order, then all blocks together. A tenth of the windows
+    is held out: a repair that does worse on it is undone. Give the folder to eval, generate or bench as --plan.
+    Interrupted, the same command goes on after the last finished block.
+    """
+    from spd.distill import Options, total_steps
+    from spd.distill import distill as repair
+
+    with _session(context) as session:
+        options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
+        loaded = session.load()
+        document = session.plan_document(loaded)
+        data = session.windows(loaded)
+        with session.progress(total_steps(document, options, len(data.tokens)), "steps") as done:
+            result = repair(loaded, data.tokens, document, options, out, session.runtime.leads, done)
+        session.publish(result, loaded.describe(), tp, data.describe(), result["plan"])
+
+
+@app.command()
 def generate(
     context: typer.Context, model: Model,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; give it again for a batch.")],
