@@ -216,14 +216,40 @@ def distill(
     from spd.distill import Options, total_steps
     from spd.distill import distill as repair
 
+    options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
     with _session(context) as session:
-        options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
         loaded = session.load()
         document = session.plan_document(loaded)
         data = session.windows(loaded)
         with session.progress(total_steps(document, options, len(data.tokens)), "steps") as done:
             result = repair(loaded, data.tokens, document, options, out, session.runtime.leads, done)
         session.publish(result, loaded.describe(), tp, data.describe(), result["plan"])
+
+
+@app.command()
+def export(
+    context: typer.Context, model: Model,
+    plan: Annotated[Path, typer.Option(help="Folder made by 'distill', or a plan file.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    tp: Annotated[int | None, typer.Option(help="Left out: the one the plan was made for.", min=1)] = None,
+    dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, records: Records = RUNS,
+    reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """Write the repaired model as a Hugging Face folder that transformers loads, with its plan (plan.json) inside.
+
+    It is meant to be read again with that plan and tp, which gives what model and repair gave. Run densely, as
+    transformers does, it is another function than the original model and a worse one: repaired blocks were fitted to
+    what shards see without the sync.
+    """
+    from spd.export import export as write
+    from spd.plan import degree
+
+    with _session(context) as session:
+        session.options.tp = tp or degree(plan)
+        loaded = session.load()
+        session.plan(loaded)
+        result = write(loaded, model, out, session.runtime.leads)
+        session.publish(result, loaded.describe(), loaded.tp, plan=str(loaded.plan))
 
 
 @app.command()

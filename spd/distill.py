@@ -173,10 +173,10 @@ def distill(
     arguments = _arguments(model, tokens, document, options)
     workspace = Workspace(folder, arguments, leads, model.transformer.shards.align)
     if workspace.result is not None:
-        return {name: value for name, value in workspace.result.items() if name != "arguments"}
+        return workspace.result
     run = _Run(model, tokens, document, options, workspace, told)
     result = run.result()
-    plan = {name: value for name, value in document.items() if name not in ("changed", "model", "tp")}
+    plan = {name: value for name, value in document.items() if name not in ("changed", "arguments")}
     plan |= {"plan": result["plan"], "recipe": options.recipe, "model": model.describe(), "tp": model.tp}
     workspace.conclude(plan, result)
     return result

@@ -131,6 +131,11 @@ def plan_file(path: Path) -> Path:
     return path / "plan.json" if path.is_dir() else path
 
 
+def degree(path: Path) -> int:
+    """The tp that the plan at `path` was made for."""
+    return _read_document(plan_file(path))["tp"]
+
+
 def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -> dict:
     """All that `read_plan` reads: besides `policies`, perhaps `classes`, or `changed`, the file of repaired weights.
 
@@ -138,16 +143,9 @@ def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -
         SPDError: as `read_plan` does.
     """
     path = plan_file(path)
-    try:
-        document = json.loads(path.read_text())
-        policies, made_for, made_tp = document["policies"], document["model"]["fingerprint"], document["tp"]
-    except FileNotFoundError:
-        raise SPDError(f"There is no plan at {path}.") from None
-    except OSError as error:
-        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError):
-        raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
-    blocks = len(Plan.from_policies(policies))
+    document = _read_document(path)
+    made_for, made_tp = document["model"]["fingerprint"], document["tp"]
+    blocks = len(Plan.from_policies(document["policies"]))
     if blocks != num_blocks:
         raise SPDError(f"The plan at {path} has {blocks} blocks, the model {num_blocks}.")
     if made_tp != tp:
@@ -157,4 +155,17 @@ def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -
     if made_for != fingerprint:
         name = document["model"].get("name", "another model")
         raise SPDError(f"The plan at {path} was made for {name} ({made_for}), and this model is {fingerprint}.")
+    return document
+
+
+def _read_document(path: Path) -> dict:
+    try:
+        document = json.loads(path.read_text())
+        _ = document["policies"], document["model"]["fingerprint"], document["tp"]
+    except FileNotFoundError:
+        raise SPDError(f"There is no plan at {path}.") from None
+    except OSError as error:
+        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError):
+        raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
     return document

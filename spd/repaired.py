@@ -20,7 +20,8 @@ from spd.track import write_json
 
 CHANGED = "changed.safetensors"
 PROGRESS = "progress.json"
-RESULT = "result.json"
+PLAN = "plan.json"
+RESULT = "result.json"  # there when all else is
 PARTS = "blocks"  # folder of the finished blocks, until they are joined
 
 
@@ -75,7 +76,7 @@ class Workspace:
         self.folder, self.leads = folder, leads
         self.state = {"arguments": arguments, "seconds": 0.0, "stages": {}, "files": {}}
         self.result = self._read(folder / RESULT)
-        earlier = self.result or self._read(folder / PROGRESS)
+        earlier = self._read(folder / (PROGRESS if self.result is None else PLAN))
         if earlier is not None:
             self._check(earlier.get("arguments"), arguments)
             if self.result is None:
@@ -138,8 +139,8 @@ class Workspace:
         if files:
             join(files, self.folder / CHANGED)
             plan = plan | {"changed": CHANGED}
-        write_json(self.folder / "plan.json", plan)
-        write_json(self.folder / RESULT, result | {"arguments": self.state["arguments"]})
+        write_json(self.folder / PLAN, plan | {"arguments": self.state["arguments"]})
+        write_json(self.folder / RESULT, result)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.folder / PARTS)
 

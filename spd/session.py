@@ -16,7 +16,6 @@ from spd.pretrained import SPDModel
 from spd.progress import bar
 
 PLAN_AND_DROP = "--plan already says what is dropped; leave out --drop and --drop-mlp."
-FOLDERS = ("report", "distill", "export")  # commands whose --out is a folder
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
 
 
@@ -33,7 +32,9 @@ class Session:
         if self.runtime.leads:  # before the work, lest its result have nowhere to go
             track.check_writable(self.options.records)
             if self.options.out is not None:
-                track.check_writable(self.options.out if self.command in FOLDERS else self.options.out.parent)
+                track.check_writable(
+                    self.options.out if self.command in ("report", "distill") else self.options.out.parent
+                )
         return self
 
     def __exit__(self, *error) -> None:
@@ -64,7 +65,7 @@ class Session:
             return Plan.dropping(
                 blocks, parse_blocks(o.drop or "none", blocks), parse_blocks(o.drop_mlp or "none", blocks)
             )
-        if o.drop is not None or o.drop_mlp is not None:
+        if getattr(o, "drop", None) is not None or getattr(o, "drop_mlp", None) is not None:
             raise SPDError(PLAN_AND_DROP)
         model.load_plan(o.plan)
         return model.plan
@@ -94,8 +95,8 @@ class Session:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command != "report":
-            track.write_json(o.out / "result.json" if self.command in FOLDERS else o.out, document)
+        if o.out is not None and self.command not in ("report", "export"):
+            track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
             reproduction=o.reproduction,
