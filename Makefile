@@ -54,7 +54,7 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,7 @@ help:  ## Show this list
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
 	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-tiny on another model, text or tensor-parallel degree"
 
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
 	@echo "Ready: $(PYTHON)"
@@ -74,6 +75,40 @@ test: $(READY)  ## Run the test suite
 lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+# ---- The main job. Each stage is a file that the next one reads, so an interrupted run goes on where it stopped.
+EXPERIMENT := experiments/tiny.yaml
+NAME := $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL))),spd-tiny)$(if $(TP),-tp$(TP))
+RUN := runs/reproduce-$(NAME)
+SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
+STAGE = $(if $(MODEL),--model "$(MODEL)") --records $(RUN)/records --reproduction $(NAME)
+ON = $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)")
+
+reproduce-tiny: $(RUN)/plan.json $(RUN)/sweep.json $(RUN)/bench.json  ## Sensitivity, plan, perplexity, latency, figures
+	$(SPD) report $(RUN)/records --out paper_figures/$(NAME) --records $(RUN)/records --reproduction $(NAME) >/dev/null
+	@echo "Figures and tables are in paper_figures/$(NAME); 'make mlflow-ui' compares runs." >&2
+
+$(RUN)/asked: FORCE  # changes when another model, text or degree is asked for under the same name
+	@mkdir -p $(@D); echo '$(MODEL) $(TEXT) $(TP)' | cmp -s - $@ || echo '$(MODEL) $(TEXT) $(TP)' > $@
+
+$(RUN)/sensitivity.json: $(RUN)/asked $(EXPERIMENT) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READY)
+	@echo "1/4 sensitivity of every block" >&2
+	$(SPD) sensitivity $(STAGE) $(ON) --out $@ >/dev/null
+
+$(RUN)/plan.json: $(RUN)/sensitivity.json
+	@echo "2/4 plan" >&2
+	$(SPD) plan $< --records $(RUN)/records --reproduction $(NAME) --out $@ >/dev/null
+
+$(RUN)/sweep.json: $(RUN)/sensitivity.json
+	@echo "3/4 perplexity against the percentage of blocks dropped" >&2
+	$(SPD) sweep $< $(STAGE) $(ON) --out $@ >/dev/null
+
+$(RUN)/bench.json: $(RUN)/sensitivity.json
+	@echo "4/4 time to first token on real processes" >&2
+	$(SPD) bench --sensitivity $< $(STAGE) --out $@ >/dev/null
+
+FORCE:
+.NOTPARALLEL:  # a stage that is timed wants the machine to itself
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)

@@ -16,7 +16,7 @@ from spd.checkpoint import SafetensorsFolder
 from spd.comm import Collective, Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.launch import Runtime, spawn
+from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
 from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
@@ -135,17 +135,21 @@ def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
         "communicates": not silent,
         "ttft_ms": spread([s.ttft for s in samples]),
         "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
-        "collectives": {point: _collective(point, samples) for point in samples[0].collectives},
+        "collectives": {point: _collective(c) for point, c in _typical(samples).collectives.items()},
     }
 
 
-def _collective(point: str, samples: list[_Sample]) -> dict:
-    taken = [s.collectives[point] for s in samples]
+def _typical(samples: list[_Sample]) -> _Sample:
+    """The sample of the (lower) median TTFT: its communication is a part of a time that was really taken."""
+    return sorted(samples, key=lambda s: s.ttft)[(len(samples) - 1) // 2]
+
+
+def _collective(spent: Collective) -> dict:
     return {
-        "count": taken[0].count,
-        "bytes": taken[0].bytes,
-        "real_ms": 1e3 * statistics.median(c.real_seconds for c in taken),
-        "emulated_ms": 1e3 * statistics.median(c.emulated_seconds for c in taken),
+        "count": spent.count,
+        "bytes": spent.bytes,
+        "real_ms": 1e3 * spent.real_seconds,
+        "emulated_ms": 1e3 * spent.emulated_seconds,
     }
 
 
@@ -214,6 +218,10 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
     if runtime.world == 1 and tp > 1 and runtime.device != "cpu":
         raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
     here = runtime.world > 1 or tp == 1
+    if not here and tp > cores():
+        raise SPDError(
+            f"{tp} processes on {cores()} cores would time nothing but their waiting; use at most {cores()}."
+        )
     measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings)
     setting = {"tp": tp, "world": tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
                "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype}  # fmt: skip

@@ -74,10 +74,11 @@ class ModelConfig:
 
     def rotary_frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (head_dim / 2,) and the factor on cosine and sine, after RoPE scaling."""
-        if self.rope["rope_type"] == "default":
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float, device="cpu") / self.head_dim
-            return self.rope["rope_theta"] ** -exponents, 1.0
-        return ROPE_INIT_FUNCTIONS[self.rope["rope_type"]](self.to_hf(), torch.device("cpu"))
+        with torch.device("cpu"):  # also where the model around it is being built on the meta device
+            if self.rope["rope_type"] == "default":
+                exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
+                return self.rope["rope_theta"] ** -exponents, 1.0
+            return ROPE_INIT_FUNCTIONS[self.rope["rope_type"]](self.to_hf(), torch.device("cpu"))
 
     def to_hf(self) -> LlamaConfig:
         """The same shape for transformers."""

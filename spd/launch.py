@@ -91,22 +91,22 @@ def _refuse_lonely_accelerate() -> None:
                 raise SPDError(f"accelerate was asked for {asked} processes and started one; use torchrun on CPU.")
 
 
-def spawn(processes: int, function: Callable, *arguments, crowded: bool = False) -> dict:
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def spawn(processes: int, function: Callable, *arguments) -> dict:
     """Runs `function(runtime, *arguments)` in `processes` gloo processes of this machine; gives rank 0's result.
 
     The cores are shared out evenly. `function` must be importable, its arguments picklable and
-    its result a JSON document. `crowded` permits more processes than cores: for results, never for timings.
+    its result a JSON document.
 
     Raises:
-        SPDError: fewer cores than processes, or what `function` raised.
+        SPDError: what `function` raised, or that a process ended without a word.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if processes > cores and not crowded:
-        raise SPDError(
-            f"{processes} processes were asked for and this machine has {cores} cores: timings would mean nothing."
-        )
     with tempfile.TemporaryDirectory() as folder:
-        work = (folder, processes, max(1, cores // processes), function, arguments)
+        work = (folder, processes, max(1, cores() // processes), function, arguments)
         context = mp.start_processes(_enter, work, nprocs=processes, join=False, start_method="spawn")
         try:
             while not context.join():

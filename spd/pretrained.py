@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,12 +60,12 @@ def build(config: ModelConfig, shards: Shards, dtype: torch.dtype, device: str) 
 
 @dataclass
 class SPDModel:
-    """A LLaMA over logical shards: `transformer` computes, `tokenizer` is None for random weights."""
+    """A LLaMA over logical shards: `transformer` computes; `folder` is None for random weights."""
 
     transformer: Transformer
-    tokenizer: PreTrainedTokenizerBase | None
     name: str
     fingerprint: str
+    folder: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -92,7 +93,7 @@ class SPDModel:
         weights.validate(config)
         transformer = build(config, shards, DTYPES[dtype], device)
         load_weights(transformer, weights)
-        loaded = cls(transformer, load_tokenizer(folder), display_name(model), weights.fingerprint(config))
+        loaded = cls(transformer, display_name(model), weights.fingerprint(config), folder)
         loaded.plan = plan or Plan.full(config.num_blocks)
         return loaded
 
@@ -103,7 +104,14 @@ class SPDModel:
         """Random weights of a given shape, for timing."""
         transformer = build(config, shards, DTYPES[dtype], device)
         fill_randomly(transformer, seed)
-        return cls(transformer, None, f"{name} (random weights)", f"random-{name}")
+        return cls(transformer, f"{name} (random weights)", f"random-{name}")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises SPDError where the model has none."""
+        if self.folder is None:
+            raise SPDError(f"{self.name} has no tokenizer.")
+        return load_tokenizer(self.folder)
 
     @property
     def config(self) -> ModelConfig:

@@ -75,7 +75,7 @@ def make_record(
         "id": f"{started:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
         "command": command,
         "argv": list(sys.argv if argv is None else argv),
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in config.items()},
+        "config": json.loads(json.dumps(dict(config), default=str)),  # paths, also in lists, as text
         "model": None if model is None else dict(model),
         "tp": tp,
         "data": None if data is None else dict(data),

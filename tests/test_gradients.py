@@ -71,7 +71,7 @@ def in_one_process():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradients_equal_over_processes(processes, in_one_process):
     """Float64: what is left is the order of the sums. Every parameter, replicated ones included."""
-    found = spawn(processes, gradients, crowded=True)
+    found = spawn(processes, gradients)
     assert found["loss"] == pytest.approx(in_one_process["loss"], rel=1e-12)
     assert found["replicas_equal"]
     for name, expected in in_one_process["gradients"].items():

@@ -217,3 +217,18 @@ def test_clean_keeps_the_environment_and_the_records(checkout):
     assert "spd/__pycache__/a.pyc" not in left
     assert not (checkout.folder / "build").exists()
     assert len(checkout.stamps()) == 1
+
+
+def test_a_reproduction_runs_its_stages_in_order():
+    """On another model, text and degree, from sensitivities to figures; a timed stage never beside another."""
+    words = ["reproduce-tiny", "PYTHON=python", "MODEL=models/llama", "TEXT=some.txt", "TP=4", "-n", "-j4"]
+    done = subprocess.run([MAKE, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    stages = re.findall(r"python -m spd --experiment experiments/tiny.yaml (\w+) (.*)", done.stdout)
+    assert [name for name, _ in stages] == ["sensitivity", "plan", "sweep", "bench", "report"]
+    options = dict(stages)
+    for name in ("sensitivity", "sweep"):
+        assert '--model "models/llama"' in options[name]
+        assert '--tp 4 --text "some.txt"' in options[name]
+    assert "--tp" not in options["bench"]  # as many processes as the experiment says
+    assert all("--reproduction llama-tp4" in words for words in options.values())
+    assert "paper_figures/llama-tp4" in options["report"]

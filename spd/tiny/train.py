@@ -155,7 +155,7 @@ def train(steps: int, work: Path, seed: int) -> LlamaForCausalLM:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=7000, help=f"of {BATCH_TOKENS} tokens each")
+    parser.add_argument("--steps", type=int, default=4300, help=f"of {BATCH_TOKENS} tokens each")
     parser.add_argument("--work", type=Path, default=Path("runs/spd-tiny"), help="checkpoints and token cache")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,0 +1,51 @@
+"""Records to tables and figures. Every number drawn or tabled is read from a record; one that is missing is an error.
+
+Figures are pure functions of the records: the same records give the same bytes (no date, fixed SVG ids), and each
+file names its records and their commits in its metadata.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from spd.errors import SPDError
+from spd.report.figures import Sheet, finish, render, sheets
+from spd.report.records import Record, choose, load_records, provenance
+from spd.report.tables import Table, csv_of, markdown, print_tables, tables
+from spd.track import write_bytes
+
+__all__ = [
+    "Record",
+    "Sheet",
+    "Table",
+    "choose",
+    "csv_of",
+    "finish",
+    "load_records",
+    "markdown",
+    "print_tables",
+    "provenance",
+    "render",
+    "report",
+    "sheets",
+    "tables",
+]
+
+
+def report(records: Iterable[Path | str], out: Path | str) -> dict:
+    """Write the figures (SVG, PNG) and tables (CSV, `tables.md`) of record files or folders into `out`.
+
+    The newest record of each kind, model and tp counts; of several models or degrees each gets its own files.
+    Returns `{"files": [paths written]}`. Everything is drawn before the first file is written. Raises SPDError when
+    a record is malformed, lacks a number, nothing can be drawn, or a file cannot be written.
+    """
+    loaded, out = load_records(records), Path(out)
+    single, combined = choose(loaded)
+    found = tables(loaded)
+    if not found:
+        raise SPDError("None of the records given is of sensitivity, sweep or bench, so there is nothing to report.")
+    content = {out / f"{s.name}.{form}": render(s, form) for s in sheets(single, combined) for form in ("svg", "png")}
+    content |= {out / f"{table.name}.csv": csv_of(table) for table in found}
+    content[out / "tables.md"] = markdown(found).encode()
+    for path, data in content.items():
+        write_bytes(path, data)
+    return {"files": [str(path) for path in content]}

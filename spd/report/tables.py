@@ -1,0 +1,153 @@
+"""Tables as functions of records, for reading (Markdown, terminal) and for computing (CSV)."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spd.errors import SPDError
+from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.records import (
+    Record,
+    Sources,
+    block_classes,
+    choose,
+    curves_of,
+    full_perplexity,
+    load_records,
+    numbers_in,
+    provenance,
+    timings_of,
+    value_in,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of exact numbers; `formats` says how each column is rounded for reading (CSV keeps everything)."""
+
+    name: str
+    caption: str
+    rows: list[dict]
+    formats: Mapping[str, str]
+    records: Sequence[Record] = field(repr=False, default=())
+
+    def cells(self) -> list[list[str]]:
+        return [[_cell(row.get(column), form) for column, form in self.formats.items()] for row in self.rows]
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form) if isinstance(value, (int, float)) else str(value)
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """The tables of `load_records`' records: sensitivity and classes, perplexity, TTFT. Raises SPDError."""
+    found = []
+    for sources in choose(records)[0]:
+        if sources.sensitivity:
+            found.append(_sensitivity_table(sources))
+        if sources.sweeps:
+            found.append(_perplexity_table(sources))
+        if sources.bench:
+            found.append(_ttft_table(sources))
+    return found
+
+
+def _sensitivity_table(sources: Sources) -> Table:
+    record = sources.sensitivity
+    points, nats = numbers_in(record, "result", "sensitivity"), numbers_in(record, "result", "sensitivity_nats")
+    if len(points) != len(nats):
+        raise SPDError(f"Record {record['id']} has {len(points)} sensitivities but {len(nats)} in nats.")
+    rows = [
+        {"block": i, "sensitivity": s, "sensitivity_nats": n} for i, (s, n) in enumerate(zip(points, nats, strict=True))
+    ]
+    formats = {"block": "d", "sensitivity": ".4f", "sensitivity_nats": ".5f"}
+    if sources.plan is not None:
+        classes, dropped = block_classes(sources, len(points))
+        treatments = [value_in(sources.plan, "result", "treatments", i) for i in range(len(points))]
+        for row, name, treatment, inside in zip(rows, classes, treatments, dropped, strict=True):
+            row |= {"class": name, "treatment": treatment, "dropped": "yes" if inside else "no"}
+        formats |= {"class": "", "treatment": "", "dropped": ""}
+    used = [r for r in (record, sources.plan) if r]
+    return Table("sensitivity" + sources.suffix, sensitivity_caption(sources), rows, formats, used)
+
+
+def _perplexity_table(sources: Sources) -> Table:
+    curves = curves_of(sources.sweeps)
+    full = full_perplexity(curves, sources.sweeps[-1])
+    rows = [
+        {"strategy": name, **point, "increase_percent": 100 * (point["perplexity"] / full - 1)}
+        for name, points in curves.items()
+        for point in points
+    ]
+    formats = {"strategy": "", "blocks": "d", "percent": ".1f", "perplexity": ".4f", "nats": ".4f"}
+    formats |= {"increase_percent": "+.2f", "plan": ""}
+    return Table("perplexity" + sources.suffix, perplexity_caption(sources), rows, formats, sources.sweeps)
+
+
+def _ttft_table(sources: Sources) -> Table:
+    rows = timings_of(sources.bench)
+    times = ["ttft_median_ms", "ttft_spread_ms", "ttft_min_ms", "compute_ms", "real_ms", "emulated_ms"]
+    formats = {"blocks_dropped": "d", "percent": ".1f", **dict.fromkeys(times, ".3f"), "repeats": "d", "count": "d"}
+    formats |= {"bytes": "d", "reduction": ".4f", "speedup": ".4f"}
+    if any("tpot_median_ms" in row for row in rows):
+        formats |= {"tpot_median_ms": ".3f", "tpot_spread_ms": ".3f"}
+    caption = ttft_caption(sources) + " reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+    return Table("ttft" + sources.suffix, caption, rows, {**formats, "plan": ""}, [sources.bench])
+
+
+def csv_of(table: Table) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.formats)
+    writer.writerows([row.get(column, "") for column in table.formats] for row in table.rows)
+    return text.getvalue().encode()
+
+
+def markdown(found: Sequence[Table]) -> str:
+    parts = ["# Tables\n\nMade from the records named under each table; nothing is typed in.\n"]
+    for table in found:
+        lines = [list(table.formats), [":--" if not form else "--:" for form in table.formats.values()], *table.cells()]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"## {table.name}\n\n{table.caption}\n\n{body}\n\nSource: {provenance(table.records)}.\n")
+    return "\n".join(parts)
+
+
+# What fits 80 columns; the CSV has all of it, under full names.
+HEADINGS = {
+    "blocks_dropped": "blocks",
+    "percent": "%",
+    "ttft_median_ms": "TTFT\nms",
+    "ttft_spread_ms": "IQR\nms",
+    "compute_ms": "compute\nms",
+    "real_ms": "real\nms",
+    "emulated_ms": "link\nms",
+    "tpot_median_ms": "TPOT\nms",
+    "sensitivity_nats": "nats",
+    "increase_percent": "increase\n%",
+    "reduction": "reduc-\ntion",
+    "speedup": "speed-\nup",
+}
+TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+
+
+def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
+    """Print the tables of record files on a rich console (standard error when none is given). Raises SPDError."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = console or Console(stderr=True)
+    for table in tables(load_records(records)):
+        shown = [column for column in table.formats if column not in TERMINAL_LEAVES_OUT]
+        rich = RichTable(
+            title=table.name, caption=table.caption, caption_justify="left", box=SIMPLE, collapse_padding=True
+        )
+        for column in shown:
+            heading = HEADINGS.get(column, column.replace("_", "\n"))
+            rich.add_column(heading, justify="right" if table.formats[column] else "left")
+        for row in table.rows:
+            rich.add_row(*(_cell(row.get(column), table.formats[column]) for column in shown))
+        console.print(rich)

@@ -1,0 +1,259 @@
+"""The command line: documented keys, and one sentence for every mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from conftest import random_model, with_tokenizer
+
+from spd.cli import main
+
+
+@pytest.fixture
+def spd(monkeypatch, capsys, tmp_path):
+    """Runs a command as a user would; gives (exit code, last line as JSON or None, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, mirror=False):
+        words = ["spd", *map(str, arguments)] + ([] if mirror or "--help" in arguments else ["--no-mlflow"])
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        if isinstance(code, str):  # sys.exit("sentence") prints it and exits with 1
+            code, err = 1, err + code
+        lines = out.strip().splitlines()
+        return code or 0, json.loads(lines[-1]) if lines and not code and lines[-1].startswith("{") else None, err
+
+    return run
+
+
+@pytest.fixture
+def common(plain, text_of_words):
+    return ["--model", plain, "--tp", 4, "--text", text_of_words, "--seq-len", 16]
+
+
+def measured(spd, common, out="s.json"):
+    code, result, err = spd("sensitivity", *common, "--windows", 8, "--out", out)
+    assert code == 0, err
+    return result
+
+
+def test_eval(spd, common, tmp_path):
+    code, result, _ = spd(
+        "eval", *common, "--windows", 5, "--skip", 2, "--drop", "0,2", "--drop-mlp", "1", "--out", "deep/out.json"
+    )
+    assert code == 0
+    assert result["tokens"] == 75 and result["windows"] == 5 and result["plan"] == "DF FD DF"
+    assert result["perplexity"] > 1 and result["tp"] == 4 and result["data"]["skip"] == 2
+    assert json.loads((tmp_path / "deep/out.json").read_text()) == result
+    (record,) = (tmp_path / "runs").glob("*.json")
+    record = json.loads(record.read_text())
+    assert record["result"] == result and record["command"] == "eval" and record["config"]["drop"] == "0,2"
+    assert record["versions"]["torch"] and record["hardware"]["cores"]
+
+
+def test_sensitivity_plan_eval_sweep(spd, common, tmp_path):
+    s = measured(spd, common)
+    assert len(s["perplexity_from"]) == 4 and len(s["sensitivity"]) == len(s["sensitivity_nats"]) == 3
+    assert s["block_evaluations"] == 9
+    code, plan, _ = spd("plan", "s.json", "--budget", "70%", "--tau1", 0.0, "--tau2", 1e6, "--out", "plan.json")
+    assert code == 0
+    assert plan["budget"] == {"blocks": 2, "percent": pytest.approx(200 / 3)}
+    assert [len(plan[key]) for key in ("policies", "classes", "treatments")] == [3, 3, 3]
+    assert plan["model"] == s["model"] and plan["tp"] == 4 and plan["data"]["fingerprint"] == s["data"]["fingerprint"]
+    code, by_file, _ = spd("eval", *common, "--plan", "plan.json")
+    spec = ",".join(str(i) for i, pair in enumerate(plan["policies"]) if pair[0] == "drop")
+    code, by_spec, _ = spd("eval", *common, "--drop", spec)
+    assert by_file["plan"] == by_spec["plan"] == plan["plan"] and by_file["perplexity"] == by_spec["perplexity"]
+    code, sweep, _ = spd("sweep", "s.json", *common)
+    assert [p["blocks"] for p in sweep["curve"]] == [0, 1, 2, 3]
+    assert sweep["curve"][2]["perplexity"] == by_file["perplexity"]
+    assert [p["percent"] for p in sweep["curve"]] == pytest.approx([0, 100 / 3, 200 / 3, 100])
+    code, some, _ = spd("sweep", "s.json", *common, "--percentages", "0,100")
+    assert [p["blocks"] for p in some["curve"]] == [0, 3]
+
+
+def test_generate(spd, plain):
+    code, result, _ = spd(
+        "generate", "--model", plain, "--prompt", "t5 t6", "--max-new-tokens", 4, "--drop", "all", "--tp", 2
+    )
+    assert code == 0 and result["plan"] == "DF DF DF"
+    assert result["token_ids"][:2] == [5, 6] and len(result["token_ids"]) <= 6 and result["text"].startswith("t5 t6")
+    code, batch, _ = spd("generate", "--model", plain, "--prompt", "t5 t6", "--prompt", "t9", "--max-new-tokens", 4)
+    assert [row[0] for row in batch["token_ids"]] == [5, 9] and len(batch["text"]) == 2
+
+
+def test_bench_starts_its_processes_and_report_draws(spd, common, plain, tmp_path):
+    measured(spd, common)
+    spd("plan", "s.json", "--budget", "1")
+    spd("sweep", "s.json", *common)
+    code, result, err = spd("bench", "--model", plain, "--tp", 2, "--sensitivity", "s.json", "--prompt-len", 8,
+                            "--new-tokens", 2, "--repeats", 2, "--link", "1GBps,100us")  # fmt: skip
+    assert code == 0, err
+    assert [row["blocks_dropped"] for row in result["plans"]] == [0, 1, 2, 3]
+    assert result["tp"] == 2 and result["link"] == "1GBps,100us" and result["hardware"]["cores"]
+    spd("plan", "s.json", "--budget", "2", "--out", "plan.json")
+    plan = json.loads(Path("plan.json").read_text())
+    code, _, err = spd("bench", "--model", plain, "--tp", 2, "--plan", "plan.json")
+    assert code == 1 and "was made for tp=4, not tp=2" in err
+    Path("plan.json").write_text(json.dumps(plan | {"tp": 1}))
+    options = ["--drop", "none", "--prompt-len", 8, "--repeats", 1, "--records", "other"]
+    code, alone, err = spd("bench", "--model", plain, "--plan", "plan.json", *options)
+    assert code == 0, err
+    assert [row["plan"] for row in alone["plans"]] == [plan["plan"], "FF FF FF"]
+    code, report, err = spd("report", "runs", "--out", "figures")
+    assert code == 0, err
+    names = {Path(file).name for file in report["files"]}
+    assert {"overview.png", "overview.svg", "sensitivity.png", "perplexity.png", "ttft.png", "tables.md"} <= names
+    assert all(Path(file).stat().st_size for file in report["files"])
+
+
+def test_bench_of_a_shape(spd):
+    code, result, err = spd("bench", "--shape", "llama-8m", "--drop", "none", "--drop", "all", "--prompt-len", 8,
+                            "--new-tokens", 0, "--repeats", 1)  # fmt: skip
+    assert code == 0, err
+    assert [row["plan"][:2] for row in result["plans"]] == ["FF", "DF"]
+    assert result["plans"][0]["tpot_ms"] is None
+
+
+def test_runs_reach_mlflow(spd, common, tmp_path):
+    code, result, err = spd("eval", *common, "--windows", 2, "--reproduction", "r1", mirror=True)
+    assert code == 0, err
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("spd")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 2  # the reproduction and its stage
+    child = next(run for run in runs if "mlflow.parentRunId" in run.data.tags)
+    assert child.data.metrics["perplexity"] == pytest.approx(result["perplexity"])
+
+
+def test_an_experiment_gives_the_defaults(spd, plain, text_of_words, tmp_path):
+    experiment = {"common": {"model": str(plain), "tp": 2, "text": str(text_of_words), "seq_len": 16, "windows": 4},
+                  "sweep": {"windows": 3, "skip": 4, "percentages": "0,100"}}  # fmt: skip
+    Path("e.yaml").write_text(yaml.safe_dump(experiment))
+    code, result, err = spd("--experiment", "e.yaml", "sensitivity", "--out", "s.json")
+    assert code == 0, err
+    assert result["windows"] == 4 and result["tp"] == 2
+    code, sweep, _ = spd("--experiment", "e.yaml", "sweep", "s.json", "--windows", 2)
+    assert sweep["windows"] == 2 and sweep["data"]["skip"] == 4  # an option given wins, its own section comes next
+    for wrong, message in (
+        ({"common": {"tp": 0}}, "common.tp: Input should be greater than or equal to 1"),
+        ({"common": {"tpp": 2}}, "common.tpp: Extra inputs are not permitted"),
+    ):
+        Path("e.yaml").write_text(yaml.safe_dump(wrong))
+        code, _, err = spd("--experiment", "e.yaml", "sensitivity", "--model", plain)
+        assert code == 1 and message in err
+
+
+MISTAKES = {
+    "tp that does not divide": (["--tp", "3"], "tp=3 is impossible: 8 heads cannot be split over it"),
+    "no such model": (["--model", "nowhere"], "There is no model folder nowhere"),
+    "no such text": (["--text", "nowhere.txt"], "There is no text nowhere.txt"),
+    "empty text": (["--text", "empty.txt"], "The text empty.txt is empty"),
+    "text shorter than a window": (["--text", "short.txt"], "0 windows of 16; at least 1 is needed"),
+    "window longer than the model": (["--seq-len", "4096"], "exceed the model's 128 positions"),
+    "blocks that do not exist": (["--drop", "3"], "Block 3 does not exist: the model has blocks 0 to 2"),
+    "plan and drop": (["--plan", "p.json", "--drop", "1"], "leave out --drop"),
+    "missing plan": (["--plan", "p.json"], "There is no plan at p.json"),
+    "plan of another length": (["--plan", "long.json"], "has 4 blocks, the model 3"),
+    "plan of another model": (["--plan", "other.json"], "was made for m (abc), and this model is"),
+    "unknown dtype": (["--dtype", "float8"], "Unknown dtype 'float8'; known: float32"),
+    "output below a file": (["--out", "short.txt/out.json"], "Cannot write short.txt"),
+    "records below a file": (["--records", "short.txt/runs"], "Cannot write short.txt"),
+    "a GPU that is not there": (["--device", "cuda"], "needs a GPU of its own"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_as_one_sentence(spd, common, tmp_path, mistake):
+    if mistake == "a GPU that is not there" and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("t5 t6 t7")
+    for name, blocks in (("long", 4), ("other", 3)):
+        document = {"policies": [["full", "full"]] * blocks, "model": {"name": "m", "fingerprint": "abc"}, "tp": 4}
+        Path(f"{name}.json").write_text(json.dumps(document))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    options, message = MISTAKES[mistake]
+    code, result, err = spd("eval", *common, *options)
+    assert code == 1 and result is None
+    said = err.strip().splitlines()
+    assert len(said) == 1 and message in said[0], err
+    assert "Traceback" not in err
+    assert [p for p in sorted(path.name for path in tmp_path.rglob("*")) if p != "runs"] == before
+
+
+def test_other_architectures_and_damaged_weights(spd, plain, text_of_words, tmp_path):
+    folder = shutil.copytree(plain, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    code, _, err = spd("eval", "--model", folder, "--text", text_of_words)
+    assert code == 1 and "only LLaMA models" in err
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    code, _, err = spd("eval", "--model", folder, "--text", text_of_words)
+    assert code == 1 and "its configuration asks for (96, 32)" in err
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, _, err = spd("bench", "--model", folder)
+    assert code == 1 and "is truncated" in err
+
+
+def test_bench_mistakes(spd, plain):
+    for options, message in (
+        ([], "either --model (a checkpoint) or --shape"),
+        (["--shape", "llama9"], "Unknown shape 'llama9'; known: llama2-7b"),
+        (["--shape", "llama-8m", "--link", "fast"], "the form is BANDWIDTH,LATENCY"),
+        (["--shape", "llama-8m", "--prompt-len", "5000"], "exceed the model's 4096 positions"),
+        (["--shape", "llama2-70b", "--tp", "64"], "64 processes on"),
+        (["--shape", "llama-8m", "--tp", "3"], "tp=3 is impossible"),
+        (["--shape", "llama-8m", "--plan", "p.json"], "A plan file belongs to a model"),
+    ):
+        code, _, err = spd("bench", *options)
+        assert code == 1 and message in err, err
+
+
+def test_wrong_options_show_the_usage(spd):
+    code, _, err = spd("eval")
+    assert code == 2 and "Missing option" in err and "Traceback" not in err
+
+
+def test_help_is_there(spd):
+    for command in ("eval", "sensitivity", "plan", "sweep", "generate", "bench", "report"):
+        assert spd(command, "--help")[0] == 0
+
+
+def test_a_killed_write_leaves_nothing(spd, common, tmp_path, monkeypatch):
+    """A disk that fills up while the result is written: a sentence, and neither half a file nor a temporary one."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    from spd import track
+
+    check = track.check_writable
+    monkeypatch.setattr(
+        track, "check_writable", lambda folder: (check(folder), monkeypatch.setattr(os, "replace", full))[0]
+    )
+    code, _, err = spd("eval", *common, "--windows", 2, "--out", "out.json")
+    assert code == 1 and "No space left on device" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_as_a_program(tmp_path):
+    """`python -m spd` outside the checkout: exit code, stdout and stderr as a script sees them."""
+    folder = tmp_path / "model"
+    with_tokenizer(folder, random_model(folder))
+    command = [sys.executable, "-m", "spd", "eval", "--model", folder, "--text", "nowhere.txt", "--no-mlflow"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.strip() == "There is no text nowhere.txt; give a file, 'builtin' or 'builtin-train'."

@@ -1,0 +1,172 @@
+"""Real processes (gloo) against one process: the same numbers, the counted collectives, the launchers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spd import Plan, Sampling, SPDModel
+from spd.bench import BenchSettings, bench
+from spd.data import read_windows
+from spd.errors import SPDError
+from spd.evaluate import perplexity
+from spd.launch import Runtime, spawn
+from spd.sensitivity import sensitivity
+
+TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")
+
+
+def everything(runtime: Runtime, folder: str, text: str, tp: int) -> dict:
+    """All that one process can compute, on the shards of this one."""
+    model = SPDModel.from_pretrained(folder, shards=runtime.shards(tp))
+    found = {"logits": {}, "cached": {}, "collectives": {}}
+    for letters in PLANS:
+        model.plan = Plan.from_letters(letters)
+        with torch.no_grad():
+            model.transformer.shards.take_collectives()
+            found["logits"][letters] = model.transformer(TOKENS).tolist()
+            taken = model.transformer.shards.take_collectives()
+            cache = model.transformer.new_cache(*TOKENS.shape)
+            pieces = [model.transformer(piece, cache) for piece in TOKENS.split([13, 1, 1, 1], dim=1)]
+        found["cached"][letters] = torch.cat(pieces, 1).tolist()
+        found["collectives"][letters] = {point: [c.count, c.bytes] for point, c in taken.items()}
+    found["sampled"] = model.generate(["t5 t6 t7", "t8"], 10, Sampling(temperature=1.0, seed=3))
+    windows = read_windows(text, model.tokenizer, 16, 10).tokens
+    found["perplexity"] = perplexity(model.transformer, windows)["perplexity"]
+    found["sensitivity"] = sensitivity(model.transformer, windows)["sensitivity"]
+    return found
+
+
+@pytest.mark.parametrize(("processes", "tp", "variant"), [(2, 8, "grouped-query"), (4, 4, "all-biases")])
+def test_several_processes_equal_one(variants, text_of_words, processes, tp, variant):
+    folder = str(variants(variant)[0])
+    alone = everything(Runtime(), folder, str(text_of_words), tp)
+    together = spawn(processes, everything, folder, str(text_of_words), tp)
+    for kind in ("logits", "cached"):
+        for letters in PLANS:
+            torch.testing.assert_close(
+                torch.tensor(together[kind][letters]), torch.tensor(alone[kind][letters]), rtol=0, atol=2e-5
+            )
+    assert together["collectives"] == alone["collectives"]
+    assert together["collectives"]["FF FF FF"] == {"attention": [3, 3 * 4096], "mlp": [3, 3 * 4096]}
+    assert together["sampled"] == alone["sampled"]
+    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+    assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
+
+
+def test_bench_counts_what_it_times(variants):
+    letters = ("FF FF FF", "DF FF DF")
+    settings = BenchSettings(
+        letters, str(variants("plain")[0]), prompt_len=8, new_tokens=2, repeats=3, warmup=1, link="1GBps,2ms"
+    )
+    found = spawn(2, bench, settings)
+    assert [row["plan"] for row in found["plans"]] == list(letters)
+    counts = [{point: c["count"] for point, c in row["collectives"].items()} for row in found["plans"]]
+    assert counts == [{"attention": 3, "mlp": 3}, {"attention": 1, "mlp": 3}]
+    payload = 8 * 32 * 4
+    for row in found["plans"]:
+        for c in row["collectives"].values():
+            assert c["bytes"] == c["count"] * payload
+            assert c["emulated_ms"] >= c["count"] * (2 + payload / 1e6)  # 2 (n-1)/n is 1 for two processes
+        assert (
+            row["ttft_ms"]["repeats"] == 3
+            and row["ttft_ms"]["median"] > sum(c["emulated_ms"] for c in row["collectives"].values()) / 2
+        )
+        assert row["tpot_ms"]["median"] > 0
+    assert list(found["bounds"]) == ["all_full", "all_attention_dropped", "no_communication"]
+    assert found["bounds"]["no_communication"]["collectives"] == {}
+    assert list(found["bounds"]["all_attention_dropped"]["collectives"]) == ["mlp"]
+
+
+def refuse(runtime: Runtime) -> dict:
+    raise SPDError("This cannot be.")
+
+
+def end(runtime: Runtime) -> dict:
+    os._exit(3)
+
+
+def test_what_a_process_raises_reaches_the_caller():
+    with pytest.raises(SPDError, match=r"^This cannot be\.$"):
+        spawn(2, refuse)
+    with pytest.raises(SPDError, match="of 2 ended unexpectedly"):
+        spawn(2, end)
+
+
+def launched(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *launcher, "-m", "spd", *arguments]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    }
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_under_torchrun_rank_0_alone_writes(plain, text_of_words, tmp_path):
+    options = [
+        "eval",
+        "--model",
+        str(plain),
+        "--tp",
+        "4",
+        "--text",
+        str(text_of_words),
+        "--seq-len",
+        "16",
+        "--drop",
+        "1",
+    ]
+    run = launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *options, "--no-mlflow",
+                   "--records", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json"))  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.strip().splitlines()
+    assert len(lines) == 1
+    result = json.loads(lines[0])
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    model = SPDModel.from_pretrained(plain, tp=4, plan=Plan.dropping(3, [1]))
+    alone = perplexity(model.transformer, read_windows(str(text_of_words), model.tokenizer, 16).tokens)
+    assert result["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+
+
+def test_torchrun_with_a_degree_that_does_not_fit(plain, text_of_words, tmp_path):
+    options = [
+        "eval",
+        "--model",
+        str(plain),
+        "--tp",
+        "1",
+        "--text",
+        str(text_of_words),
+        "--no-mlflow",
+        "--records",
+        str(tmp_path / "r"),
+    ]
+    run = launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *options)
+    assert run.returncode != 0
+    assert "tp=1 is not a multiple of the 2 processes that share it." in run.stderr
+    assert not run.stdout.strip()
+
+
+def test_accelerate_on_cpu_starts_one_process_only(plain, text_of_words, tmp_path):
+    """`accelerate launch --cpu` was asked for two and starts one: an error, not a silent single process."""
+    options = [
+        "eval",
+        "--model",
+        str(plain),
+        "--tp",
+        "2",
+        "--text",
+        str(text_of_words),
+        "--no-mlflow",
+        "--records",
+        str(tmp_path / "r"),
+    ]
+    run = launched(["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                    "--mixed_precision", "no", "--dynamo_backend", "no"], *options)  # fmt: skip
+    assert run.returncode != 0
+    assert "accelerate was asked for 2 processes and started one" in run.stderr

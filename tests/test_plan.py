@@ -1,0 +1,120 @@
+import json
+
+import pytest
+
+from spd import Plan
+from spd.errors import SPDError
+from spd.plan import parse_blocks, read_plan
+from spd.planner import blocks_of, classify, make_plan, parse_budget, plans_by_percentage, ranking, read_sensitivity
+
+S = [3.0, 0.5, 0.04, 0.2, 12.0, 0.04]
+
+
+def test_letters_and_policies_round_trip():
+    plan = Plan.dropping(4, attention=[0, 2], mlp=[2, 3])
+    assert str(plan) == "DF FF DD FD"
+    assert Plan.from_letters(str(plan)) == plan == Plan.from_policies(plan.policies())
+    assert plan.policies()[0] == ["drop", "full"]
+    assert plan.dropped() == [0, 2] and plan.dropped("mlp") == [2, 3]
+    assert plan.syncs() == 4 + 1  # the last MLP is dropped, so a flush is due
+    assert Plan.full(4).syncs() == 8
+    with pytest.raises(SPDError, match="two letters of F, D a block"):
+        Plan.from_letters("DF X")
+    with pytest.raises(SPDError, match="Unknown policy 'skip'; known: full, drop"):
+        Plan.from_policies([["skip", "full"]])
+
+
+@pytest.mark.parametrize(
+    ("spec", "blocks"),
+    [
+        ("none", []),
+        ("all", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("3", [3]),
+        ("1,3,5-7", [1, 3, 5, 6, 7]),
+        (" 0 , 2 - 3", [0, 2, 3]),
+        ("2,2", [2]),
+    ],
+)
+def test_block_numbers(spec, blocks):
+    assert parse_blocks(spec, 8) == blocks
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("8", "Block 8 does not exist: the model has blocks 0 to 7"), ("5-9", "Block 8 does not"), ("a", "does not name"),
+     ("", "does not name"), ("1,,2", "does not name"), ("-1", "does not name"), ("3-1", "runs backwards")],
+)  # fmt: skip
+def test_wrong_block_numbers(spec, message):
+    with pytest.raises(SPDError, match=message):
+        parse_blocks(spec, 8)
+
+
+def test_budget():
+    assert [parse_budget(b, 8) for b in ("0", "8", "70%", "50%", "0%", "100%")] == [0, 8, 6, 4, 0, 8]
+    assert blocks_of(70, 5) == 4  # floor(3.5 + 0.5)
+    assert [blocks_of(p, 80) for p in (91.3, 97.5, 98.8)] == [73, 78, 79]
+    for wrong, message in (
+        ("9", "more than the model's 8"),
+        ("101%", "more than all"),
+        ("x", "not a budget"),
+        ("2.5", "not a budget"),
+    ):
+        with pytest.raises(SPDError, match=message):
+            parse_budget(wrong, 8)
+
+
+def test_algorithm_1():
+    plan = make_plan(S, "4", tau1=0.05, tau2=10.0)
+    assert plan["ranking"] == [2, 5, 3, 1, 0, 4]  # equals: the lower number first
+    assert plan["classes"] == ["SB", "SB", "ISB", "SB", "ESB", "ISB"]
+    assert plan["plan"] == "FF DF DF DF FF DF"
+    assert plan["treatments"] == ["keep", "distill, drop", "drop", "distill, drop", "keep", "drop"]
+    assert plan["budget"] == {"blocks": 4, "percent": pytest.approx(66.67, abs=0.01)}
+    assert make_plan(S, "100%", 0.05, 10)["treatments"][4] == "group heads, distill, drop"
+    assert classify(0.05, 0.05, 10) == "ISB" and classify(10, 0.05, 10) == "SB"
+    for values, message in (([1.0, float("nan")], "not finite"), ([], "empty")):
+        with pytest.raises(SPDError, match=message):
+            make_plan(values, "0")
+    with pytest.raises(SPDError, match="tau1 must not exceed tau2"):
+        make_plan(S, "1", tau1=2, tau2=1)
+
+
+def test_plans_by_percentage():
+    plans = plans_by_percentage(S)
+    assert list(plans) == [0, 1, 2, 3, 4, 5, 6]
+    assert all(len(plan.dropped()) == blocks for blocks, plan in plans.items())
+    assert plans[2].dropped() == sorted(ranking(S)[:2])
+    assert list(plans_by_percentage(S, [0, 1, 50, 100])) == [0, 3, 6]  # 1 % of six blocks is none
+    with pytest.raises(SPDError, match=r"120.* is not a percentage"):
+        plans_by_percentage(S, [120])
+
+
+def test_plan_files_belong_to_model_and_degree(tmp_path):
+    path = tmp_path / "plan.json"
+    document = {"policies": Plan.dropping(3, [1]).policies(), "model": {"name": "m", "fingerprint": "abc"}, "tp": 4}
+    path.write_text(json.dumps(document))
+    assert str(read_plan(path, "abc", 4, 3)) == str(read_plan(tmp_path, "abc", 4, 3)) == "FF DF FF"
+    for arguments, message in (
+        (("abc", 4, 5), "has 3 blocks, the model 5"),
+        (("abc", 2, 3), "made for tp=4, not tp=2"),
+        (("xyz", 4, 3), r"made for m \(abc\), and this model is xyz"),
+    ):
+        with pytest.raises(SPDError, match=message):
+            read_plan(path, *arguments)
+    path.write_text("[]")
+    with pytest.raises(SPDError, match="is not a plan file"):
+        read_plan(path, "abc", 4, 3)
+    with pytest.raises(SPDError, match="There is no plan"):
+        read_plan(tmp_path / "missing.json", "abc", 4, 3)
+
+
+def test_sensitivity_files_belong_to_model_and_degree(tmp_path):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"sensitivity": S, "tp": 4, "model": {"name": "m", "fingerprint": "abc"}}))
+    assert read_sensitivity(path, "abc", 4)["sensitivity"] == S
+    for arguments, message in ((("xyz", 4), r"made for m \(abc\), not"), (("abc", 8), "made for tp=4, not tp=8")):
+        with pytest.raises(SPDError, match=message):
+            read_sensitivity(path, *arguments)
+    path.write_text("{}")
+    with pytest.raises(SPDError, match="was not written by the sensitivity command"):
+        read_sensitivity(path)
