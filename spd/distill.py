@@ -14,22 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spd.closed_form import Calibration, Site, repair_block
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.grouping import group_heads
 from spd.model import Transformer
-from spd.plan import FULL, Plan
+from spd.plan import DROP, FULL, Plan
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
 from spd.repaired import Workspace, block_parameters, changed_tensors
 from spd.sample import sample_windows
-from spd.streams import Activations, Passes
+from spd.streams import Activations, Batches, Passes
 from spd.training import Diverged, Schedule, block_loss, train_block, train_jointly
 
 RECIPES = ("zs", "closed-form", "paper", "best")
 STRATEGIES = ("zs", "b2b", "b2b+hg")  # figure 7's: nothing, distillation, head grouping as well
 HELD_OUT = 10  # one window in so many is never trained on: the last ones
-TP_BLOCK = (FULL, FULL)
+TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)
 GROUP, DISTILL, CLOSED_FORM = "group heads", "distill", "closed form"
 KEPT = "zero-shot"  # what a block whose repair failed is left as
 
@@ -166,10 +167,14 @@ def distill(
         windows, `seconds`, `plan`.
 
     Raises:
-        SPDError: too few windows, a model that is not in float32, or a folder with another run's work.
+        SPDError: too few windows, a model that is not in float32, a plan that the recipe cannot repair, or a folder
+            with another run's work.
     """
     if model.transformer.embedding.weight.dtype != torch.float32:
         raise SPDError("Repairs are computed in float32; load the model with that dtype.")
+    plan = Plan.from_policies(document["policies"])
+    if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
+        raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
     arguments = _arguments(model, tokens, document, options)
     workspace = Workspace(folder, arguments, leads, model.transformer.shards.align)
     if workspace.result is not None:
@@ -200,12 +205,12 @@ class _Run:
         self.transformer = model.transformer
         self.plan = Plan.from_policies(document["policies"])
         self.blocks = repaired_blocks(document)
-        kept = split(len(tokens))
-        self.held_out = tokens[kept:]
+        self.kept = split(len(tokens))
+        self.held_out = tokens[self.kept :]
         self.scores = self._scores()
-        own = self._generated(tokens[:kept])
-        self.trained = kept + len(own)
-        self.tokens = torch.cat((tokens[:kept], own, self.held_out))
+        own = self._generated(tokens[: self.kept])
+        self.trained = self.kept + len(own)
+        self.tokens = torch.cat((tokens[: self.kept], own, self.held_out))
 
     def _scores(self) -> dict:
         """Perplexities of the model as it was read, on the held-out windows: all TP, and under the plan."""
@@ -308,7 +313,12 @@ class _Run:
 
     def _act(self, action: str, i: int, inputs: Activations, targets: Activations, note: dict) -> None:
         seed = self.options.seed + 1000 * (i + 1)
-        if action == GROUP:
+        if action == CLOSED_FORM:
+            site = Site(self.transformer.blocks[i], i, self.transformer.shards, self.model.config)
+            windows = range(self.kept)  # the model's own text would double the time for little
+            streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
+            note["closed_form"] = repair_block(site, Calibration(*streams, self.transformer.context))["steps"]
+        elif action == GROUP:
             passes = Passes(inputs, self.transformer, range(self.trained))
             block, shards = self.transformer.blocks[i], self.transformer.shards
             note["grouping"] = group_heads(block, passes, shards, self.model.config, seed)

@@ -118,6 +118,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        return self.out(self.mix(x, context, block))
+
+    def mix(self, x: Tensor, context: "Context", block: int) -> Tensor:
+        """What the heads gather from the values, before the output projection: (S, B, T, h d)."""
         q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.extend(block, k, v)
@@ -125,7 +129,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             *(t.flatten(0, 1) for t in (q, k, v)), mask, is_causal=context.causal, enable_gqa=self.h != self.g
         )
-        return self.out(y.unflatten(0, q.shape[:2]).transpose(2, 3).flatten(-2))
+        return y.unflatten(0, q.shape[:2]).transpose(2, 3).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -137,8 +141,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        return self.down(self.activations(x))
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Of the shards' neurons: (S or 1, B, T, D) gives (S, B, T, n)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):

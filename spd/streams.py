@@ -1,6 +1,6 @@
 """Hidden states of all calibration windows between two blocks, kept on the host and moved on block by block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,20 @@ class Activations:
             if stream.pending is not None:
                 pending.append(stream.pending.to(x))
         return Activations(x, torch.cat(pending, dim=1) if pending else None)
+
+
+class Batches(Sequence):
+    """Hidden states of some windows, nothing pending, (B, T, D) at a time, moved to the model's device when read."""
+
+    def __init__(self, activations: Activations, model: Transformer, rows: range):
+        self.like, self.parts = model.embedding.weight, activations.x[rows.start : rows.stop]
+        self.parts = self.parts.split(_rows_at_once(activations.x))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.parts[number].to(self.like)
 
 
 class Passes:
