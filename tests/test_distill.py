@@ -185,7 +185,8 @@ def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder
 
 def distill_here(runtime: Runtime, folder: str, out: str) -> dict:
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(4))
-    options = replace(QUICK, block=replace(QUICK.block, decay=True))  # with clipping, whose norm spans processes
+    block = Schedule(2, 0.01, relative=True, decay=True, keep_best=True)  # with clipping, whose norm spans processes
+    options = replace(DEFAULTS["paper"], block=block)
     result = distill(model, TOKENS, document(), options, Path(out), runtime.leads)
     gathered = model.transformer.shards.gather(model.transformer.blocks[2].mlp.down.weight)
     return {"perplexity": result["perplexity_after"], "weights": gathered.flatten().tolist()}
