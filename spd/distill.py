@@ -176,7 +176,7 @@ def distill(
     if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
         raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
     arguments = _arguments(model, tokens, document, options)
-    workspace = Workspace(folder, arguments, leads, model.transformer.shards.align)
+    workspace = Workspace(folder, arguments, leads, model.transformer.shards)
     if workspace.result is not None:
         return workspace.result
     run = _Run(model, tokens, document, options, workspace, told)
@@ -346,7 +346,7 @@ class _Run:
         try:
             note["curve"] = train_jointly(
                 self.transformer, self.blocks, self.tokens, teacher, self.trained, self.options.joint,
-                self.options.seed, self.told,
+                self.options.seed, self.told, self.workspace.load_epoch(), self.workspace.save_epoch,
             )  # fmt: skip
         except Diverged:
             note["note"] = "training all blocks together became non-finite; each is kept as it was before"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd.checkpoint import SafetensorsFolder
+from spd.comm import Shards
 from spd.errors import SPDError
 from spd.model import Transformer
 from spd.track import write_json
@@ -71,9 +72,9 @@ class Workspace:
     processes read, the leading one writes.
     """
 
-    def __init__(self, folder: Path, arguments: dict, leads: bool, align=lambda: None):
+    def __init__(self, folder: Path, arguments: dict, leads: bool, shards: Shards):
         """Raises SPDError where the folder holds the work of other `arguments`."""
-        self.folder, self.leads = folder, leads
+        self.folder, self.leads, self.shards = folder, leads, shards
         self.state = {"arguments": arguments, "seconds": 0.0, "stages": {}, "files": {}}
         self.result = self._read(folder / RESULT)
         earlier = self._read(folder / (PROGRESS if self.result is None else PLAN))
@@ -81,7 +82,7 @@ class Workspace:
             self._check(earlier.get("arguments"), arguments)
             if self.result is None:
                 self.state = earlier
-        align()  # nobody writes before all have read
+        shards.align()  # nobody writes before all have read
         if leads and self.result is None:
             (folder / PARTS).mkdir(parents=True, exist_ok=True)
 
@@ -126,10 +127,35 @@ class Workspace:
             stale.append(earlier)
             self.state["files"][str(block)] = name
         self.state["stages"][stage], self.state["seconds"] = note, seconds
+        self.state.pop("epoch", None)
         if self.leads:
             write_json(self.folder / PROGRESS, self.state)
             for name in filter(None, stale):
                 (self.folder / name).unlink(missing_ok=True)
+
+    def save_epoch(self, epoch: int, training: dict) -> None:
+        """Keeps the state of a training that is under way, each process its own part of it."""
+        earlier, self.state["epoch"] = self.state.get("epoch"), epoch
+        path = self._epoch_file(epoch)
+        partial = path.with_name(path.name + ".partial")
+        torch.save(training, partial)
+        partial.replace(path)
+        self.shards.align()  # every part is there before the epoch counts
+        if self.leads:
+            write_json(self.folder / PROGRESS, self.state)
+        self.shards.align()  # and counts before the one before it goes
+        if earlier is not None:
+            self._epoch_file(earlier).unlink(missing_ok=True)
+
+    def load_epoch(self) -> dict | None:
+        """The last state kept of a training by as many processes, or None."""
+        epoch = self.state.get("epoch")
+        if epoch is None or not self._epoch_file(epoch).exists():
+            return None
+        return torch.load(self._epoch_file(epoch), weights_only=True)
+
+    def _epoch_file(self, epoch: int) -> Path:
+        return self.folder / PARTS / f"epoch-{epoch}.{self.shards.rank}-of-{self.shards.world}.pt"
 
     def conclude(self, plan: dict, result: dict) -> None:
         """Joins the blocks' files into one beside the plan, and writes the result last."""

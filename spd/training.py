@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,11 @@ class Schedule:
                 f"and they are {self.epochs} and {self.learning_rate}."
             )
 
+    def steps_an_epoch(self, windows: int) -> int:
+        return math.ceil(windows / self.batch)
+
     def steps(self, windows: int) -> int:
-        return self.epochs * math.ceil(windows / self.batch)
+        return self.epochs * self.steps_an_epoch(windows)
 
     def factors(self, windows: int) -> Iterator[float]:
         """What the learning rate is multiplied by at each step."""
@@ -120,12 +124,16 @@ def train_jointly(
     schedule: Schedule,
     seed: int,
     told: Told = lambda *_, **__: None,
+    state: dict | None = None,
+    after_epoch: Callable[[int, dict], None] = lambda *_: None,
 ) -> dict:
     """Trains some blocks together, in place, towards the original model's distribution over the next token.
 
     Args:
         tokens: windows (W, T), of which the first `windows` are trained on and the others held out.
         teacher: what left the original model's last block.
+        state: where to go on, if an earlier run was interrupted: the last that its `after_epoch` was given.
+        after_epoch: told of the number of epochs done and of the state then.
 
     Returns and raises as `train_block` does; the loss is Kullback-Leibler, in nats a token.
     """
@@ -136,7 +144,8 @@ def train_jointly(
     def held_out() -> float:
         return joint_loss(model, tokens, teacher, range(windows, len(tokens)))
 
-    return _train(model, [f"blocks.{i}." for i in blocks], loss, held_out, windows, schedule, seed, told)
+    prefixes = [f"blocks.{i}." for i in blocks]
+    return _train(model, prefixes, loss, held_out, windows, schedule, seed, told, state, after_epoch)
 
 
 def _divergence(model: Transformer, tokens: Tensor, teacher: Activations, rows) -> Tensor:
@@ -167,12 +176,19 @@ def _train(
     schedule: Schedule,
     seed: int,
     told: Told,
+    state: dict | None = None,
+    after_epoch: Callable[[int, dict], None] = lambda *_: None,
 ) -> dict:
+    """Epochs from the first, or from where `state` stands, which `after_epoch` was given in an earlier run."""
     trained = _Trained(model, prefixes, schedule)
-    factors = schedule.factors(windows)
     generator = torch.Generator().manual_seed(seed)
-    curves, best = {"loss": [], "held_out": []}, (held_out(), trained.copy())
-    for _ in range(schedule.epochs):
+    state = trained.restore(state, generator) if state else {
+        "epoch": 0, "curves": {"loss": [], "held_out": []}, "best": held_out(), "best_values": trained.copy(),
+    }  # fmt: skip
+    curves = state["curves"]
+    factors = islice(schedule.factors(windows), state["epoch"] * schedule.steps_an_epoch(windows), None)
+    told(state["epoch"] * schedule.steps_an_epoch(windows))
+    for epoch in range(state["epoch"], schedule.epochs):
         losses = []
         for rows in torch.randperm(windows, generator=generator).split(schedule.batch):
             with trained.gradients():
@@ -185,10 +201,11 @@ def _train(
             told(1, loss=losses[-1])
         curves["loss"].append(sum(losses) / len(losses))
         curves["held_out"].append(held_out())
-        if schedule.keep_best and curves["held_out"][-1] < best[0]:
-            best = (curves["held_out"][-1], trained.copy())
+        if schedule.keep_best and curves["held_out"][-1] < state["best"]:
+            state |= {"best": curves["held_out"][-1], "best_values": trained.copy()}
+        after_epoch(epoch + 1, state | {"epoch": epoch + 1} | trained.state(generator))
     if schedule.keep_best:
-        trained.paste(best[1])
+        trained.paste(state["best_values"])
     return curves
 
 
@@ -240,6 +257,23 @@ class _Trained:
         squares = [sum(p.grad.double().square().sum() for p in part if p.grad is not None)
                    for part in (self.sharded, self.replicated)]  # fmt: skip
         return math.sqrt(self.shards.all_reduce(torch.as_tensor(squares[0]), "norm") + squares[1])
+
+    def state(self, generator: torch.Generator) -> dict:
+        """All that the next step depends on."""
+        return {
+            "values": self.copy(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "rates": self.rates,
+        }
+
+    def restore(self, state: dict, generator: torch.Generator) -> dict:
+        """Goes back to a `state`; gives what else it holds."""
+        self.paste(state["values"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        self.rates = state["rates"]
+        return {name: state[name] for name in ("epoch", "curves", "best", "best_values")}
 
     def copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]

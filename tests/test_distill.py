@@ -172,6 +172,25 @@ def test_interrupted_within_a_block_it_redoes_that_block(folder, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "parts", whole, repair(folder, tmp_path / "parts"))
 
 
+def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(folder, tmp_path, monkeypatch):
+    options = replace(QUICK, joint=replace(DEFAULTS["best"].joint, epochs=3))
+    whole = repair(folder, tmp_path / "whole", options)
+    steps = []
+
+    def stop(units, **_):
+        steps.append(units)
+        if sum(steps) == 2 * 13 + 2 * 13 + 5:  # two blocks, two epochs, and a little
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(folder, tmp_path / "parts", options, told=stop)
+    assert [path.name for path in (tmp_path / "parts/blocks").glob("epoch*")] == ["epoch-2.0-of-1.pt"]
+    steps.clear()
+    resumed = repair(folder, tmp_path / "parts", options, told=lambda units, **_: steps.append(units))
+    assert steps.count(1) == 13  # the third epoch alone
+    assert_same(tmp_path / "whole", tmp_path / "parts", whole, resumed)
+
+
 def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder, tmp_path, monkeypatch):
     first = repair(folder, tmp_path)
     monkeypatch.setattr("spd.distill._Run", None)  # nothing is run
