@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spd import repaired
-from spd.distill import DEFAULTS, Options, distill, split, total_steps
+from spd.distill import distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.export import export
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel
+from spd.recipes import DEFAULTS, Options, split, total_steps
 from spd.training import Diverged, Schedule
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
