@@ -27,7 +27,7 @@ from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.evaluate import batches
-from spd.least_squares import DEFAULT_RIDGE, Moments, conjugate_gradients, solve_held_out
+from spd.least_squares import Moments, best_ridge, conjugate_gradients
 from spd.model import Block, Context, Transformer
 from spd.permute import permute_neurons
 from spd.plan import DROP, FULL, Plan
@@ -124,19 +124,22 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
     if corrections is not None:
         apply_corrections(block, original, corrections)
         yield "place, correct" if options.place else "correct", output_error(site, data)
-    if options.refit:
-        refit(site, data, options)
-        yield "refit", (error := output_error(site, data))
-    if options.refit and options.refit_attention:
-        without = copy.deepcopy(block.state_dict())
-        refit(site, data, options, attention=True)
+    if not options.refit:
+        return
+    unfitted = copy.deepcopy(block.state_dict())
+    refit(site, data, options)
+    yield "refit", (error := output_error(site, data))
+    if options.refit_attention:
+        fitted = copy.deepcopy(block.state_dict())
+        block.load_state_dict(unfitted)
+        ridge = refit(site, data, options, attention=True)
         if options.correct:  # the shards' inputs have changed
             apply_corrections(block, original, input_corrections(site, original, data))
-        refit(site, data, options)
+        refit(site, data, options, ridge=ridge)
         if (with_attention := output_error(site, data)) < error:
             yield "refit attention", with_attention
         else:
-            block.load_state_dict(without)
+            block.load_state_dict(fitted)
 
 
 @torch.no_grad()
@@ -180,7 +183,7 @@ def input_corrections(site: Site, original: Block, data: Calibration) -> Tensor:
         seen = site.block.mlp_norm(stream.x + site.block.attention.out(mixed))
         for moment, windows in zip(moments, (~held_out, held_out), strict=True):
             moment.add(seen[:, windows], (wanted - seen)[:, windows])
-    change, _ = solve_held_out(*moments)
+    change = (moments[0] + moments[1]).solve(best_ridge(*moments))
     return torch.eye(width, dtype=torch.double, device=change.device) + change
 
 
@@ -247,19 +250,29 @@ def place_neurons(
 
 
 @torch.no_grad()
-def refit(site: Site, data: Calibration, options: Options = Options(), attention: bool = False) -> None:
+def refit(
+    site: Site, data: Calibration, options: Options = Options(), attention: bool = False, ridge: float | None = None
+) -> float:
     """Ridge regression of all shards' down projections, jointly, on what the block's output misses; in place.
 
     With `attention` the attention output projections join, as if they did not feed the MLP: the MLP's input changes
     with them, so that the block needs correcting and refitting after it.
+
+    Returns:
+        The ridge, the one given or else the one that served the held-out windows best; inf: nothing was changed. A
+        choice on windows that an earlier refit has seen would favour no change.
     """
     features = site.config.intermediate_size + (site.config.hidden_size if attention else 0)
     together = site.shards.world == 1 and features <= options.joint_features
-    change = _refit_joint(site, data, attention) if together else _refit_sweeps(site, data, attention, options.sweeps)
+    if together:
+        change, ridge = _refit_joint(site, data, attention, ridge)
+    else:
+        change, ridge = _refit_sweeps(site, data, attention, ridge, options.sweeps)
     down, out = site.block.mlp.down.weight, site.block.attention.out.weight
     down.copy_((down.double() + change[..., : down.shape[2]]).to(down))
     if attention:
         out.copy_((out.double() + change[..., down.shape[2] :]).to(out))
+    return ridge
 
 
 def _features(site: Site, x: Tensor, context: Context, attention: bool) -> tuple[Tensor, Stream]:
@@ -275,29 +288,42 @@ def _feature_count(site: Site, attention: bool) -> int:
     return mlp.shape[2] + (out.shape[2] if attention else 0)
 
 
-def _refit_joint(site: Site, data: Calibration, attention: bool) -> Tensor:
-    """Changes (S, D, p) of the projections from one Gram matrix of all S p features."""
-    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
-    moments = [Moments(1, shards * count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
+def _missing(
+    site: Site, data: Calibration, attention: bool
+) -> Iterator[tuple[Tensor, Tensor, tuple[tuple[int, Tensor], ...]]]:
+    """Features (S, B, T, p), what the block's output misses (B, T, D), and windows to fit (0) and to hold out (1)."""
     for x, target, context, held_out in data.split():
         features, stream = _features(site, x, context, attention)
-        missing = target - stream.x - _all_reduced(site, stream.pending)
+        yield features, target - stream.x - _all_reduced(site, stream.pending), ((0, ~held_out), (1, held_out))
+
+
+def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Tensor, float]:
+    """Changes (S, D, p) of the projections from one Gram matrix of all S p features, and their ridge."""
+    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
+    moments = [Moments(1, shards * count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
+    for features, missing, parts in _missing(site, data, attention):
         features = features.movedim(0, -2).flatten(-2)  # (B, T, S p)
-        for moment, windows in zip(moments, (~held_out, held_out), strict=True):
-            moment.add(features[None, windows], missing[None, windows])
-    change, _ = solve_held_out(*moments)
-    return change[0].unflatten(1, (shards, count)).movedim(1, 0)
+        for part, windows in parts:
+            moments[part].add(features[None, windows], missing[None, windows])
+    ridge = best_ridge(*moments).item() if ridge is None else ridge
+    return (moments[0] + moments[1]).solve(ridge)[0].unflatten(1, (shards, count)).movedim(1, 0), ridge
 
 
-def _refit_sweeps(site: Site, data: Calibration, attention: bool, sweeps: int) -> Tensor:
-    """The same with one Gram matrix a shard: only predictions (B, T, D) travel between processes."""
-    moments = Moments(
-        site.shards.k, _feature_count(site, attention), site.config.hidden_size, site.block.mlp_norm.weight.device
-    )
-    for x, target, context in data:
-        features, stream = _features(site, x, context, attention)
-        missing = target - stream.x - _all_reduced(site, stream.pending)
-        moments.add(features, missing.expand(site.shards.k, *missing.shape))
+def _refit_sweeps(
+    site: Site, data: Calibration, attention: bool, ridge: float | None, sweeps: int
+) -> tuple[Tensor, float]:
+    """The same with one Gram matrix a shard: only predictions (B, T, D) travel between processes.
+
+    The ridge is the one which serves best when each shard regresses by itself.
+    """
+    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
+    moments = [Moments(shards, count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
+    for features, missing, parts in _missing(site, data, attention):
+        for part, windows in parts:
+            moments[part].add(features[:, windows], missing[windows].expand(shards, -1, -1, -1))
+
+    def total(errors: Tensor) -> Tensor:
+        return site.shards.all_reduce(errors.sum(1, keepdim=True), POINT)
 
     def apply(coefficients: Tensor) -> Tensor:
         cross = torch.zeros_like(coefficients)
@@ -307,7 +333,11 @@ def _refit_sweeps(site: Site, data: Calibration, attention: bool, sweeps: int) -
             cross += prediction.mT @ features
         return cross
 
-    return conjugate_gradients(moments, DEFAULT_RIDGE, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps)
+    ridge = best_ridge(*moments, total).item() if ridge is None else ridge
+    if not np.isfinite(ridge):
+        return torch.zeros_like(moments[0].cross), ridge
+    both = moments[0] + moments[1]
+    return conjugate_gradients(both, ridge, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps), ridge
 
 
 # Whole models

@@ -4,7 +4,7 @@ Solutions are corrections: the ridge pulls towards no change. Its strength is re
 so that features of different scale are treated alike.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,19 +38,21 @@ class Moments:
         total.power = self.power + other.power
         return total
 
-    def penalty(self, ridge: float) -> Tensor:
+    def penalty(self, ridge: float | Tensor) -> Tensor:
         """(G, p), what the ridge adds to the diagonal; a feature that is never active gets a little too."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2)
         floor = 1e-3 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float).tiny
-        return ridge * torch.maximum(diagonal, floor)
+        return torch.as_tensor(ridge).to(floor).reshape(-1, 1) * torch.maximum(diagonal, floor)
 
-    def factor(self, ridge: float) -> Tensor:
+    def factor(self, ridge: float | Tensor) -> Tensor:
         """Cholesky factors (G, p, p) of the regularised Gram matrices."""
         return torch.linalg.cholesky(self.gram + torch.diag_embed(self.penalty(ridge)))
 
-    def solve(self, ridge: float) -> Tensor:
-        """Coefficients (G, q, p) that minimise the squared error plus the ridge."""
-        return torch.cholesky_solve(self.cross.mT, self.factor(ridge)).mT
+    def solve(self, ridge: float | Tensor) -> Tensor:
+        """Coefficients (G, q, p) that minimise the squared error plus the ridge, one for all or (G,); 0 if inf."""
+        ridge = torch.as_tensor(ridge, dtype=torch.double, device=self.power.device).reshape(-1, 1, 1)
+        factor = self.factor(torch.where(ridge.isfinite(), ridge, 1.0))
+        return torch.where(ridge.isfinite(), torch.cholesky_solve(self.cross.mT, factor).mT, 0.0)
 
     def error(self, coefficients: Tensor) -> Tensor:
         """Sum of squared errors (G,) which coefficients (G, q, p) leave."""
@@ -58,24 +60,16 @@ class Moments:
         return self.power - 2 * (c * self.cross).sum((1, 2)) + (c @ self.gram * c).sum((1, 2))
 
 
-def solve_held_out(fit: Moments, held_out: Moments, ridges: Iterable[float] = RIDGES) -> tuple[Tensor, Tensor]:
-    """Coefficients (G, q, p) of all the data, with the ridges (G,) that serve the held-out part best.
+def best_ridge(fit: Moments, held_out: Moments, total: Callable[[Tensor], Tensor] = lambda errors: errors) -> Tensor:
+    """The ridges (G,) of `RIDGES` with which coefficients of `fit` serve the held-out part best.
 
-    A regression that helps the held-out part with no ridge gets coefficients 0, and the ridge inf. Where nothing is
-    held out the ridge is `DEFAULT_RIDGE`.
+    Inf where no coefficients at all serve it better than any; `DEFAULT_RIDGE` where nothing is held out. `total` may
+    sum the errors (R, G) over regressions and processes to (R, 1), for one choice.
     """
-    total = fit + held_out
-    if not held_out.gram.any():
-        return total.solve(DEFAULT_RIDGE), torch.full_like(total.power, DEFAULT_RIDGE)
-    best, chosen = held_out.power.clone(), torch.full_like(total.power, torch.inf)
-    for ridge in ridges:
-        error = held_out.error(fit.solve(ridge))
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, ridge, chosen)
-    coefficients = torch.zeros_like(total.cross)
-    for ridge in chosen[chosen.isfinite()].unique().tolist():
-        coefficients = torch.where((chosen == ridge)[:, None, None], total.solve(ridge), coefficients)
-    return coefficients, chosen
+    errors = torch.stack([held_out.error(fit.solve(ridge)) for ridge in RIDGES] + [held_out.power])
+    best = total(errors).argmin(0)
+    ridges = torch.tensor((*RIDGES, torch.inf), dtype=torch.double, device=best.device)[best]
+    return ridges if total(held_out.power[None]).all() else torch.full_like(ridges, DEFAULT_RIDGE)
 
 
 def conjugate_gradients(
