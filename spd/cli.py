@@ -289,7 +289,10 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Checkpoint folder, 'spd-tiny' or hub id.")] = None,
     shape: Annotated[str | None, typer.Option(help="Named shape with random weights, as llama-125m.")] = None,
     tp: Annotated[int, typer.Option(help="Processes, one shard each; on CPU they are started here.", min=1)] = 1,
-    plan: Annotated[list[Path] | None, typer.Option(help="Plan file; give it again to compare several.")] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(help="Plan file or folder (its policies: weights do not change timings); give it again to compare."),
+    ] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Blocks that drop; give it again to compare.")] = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="Compare plans that drop the least sensitive blocks of this file first.")
