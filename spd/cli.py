@@ -291,7 +291,7 @@ def bench(
     tp: Annotated[int, typer.Option(help="Processes, one shard each; on CPU they are started here.", min=1)] = 1,
     plan: Annotated[
         list[Path] | None,
-        typer.Option(help="Plan file or folder (its policies: weights do not change timings); give it again to compare."),
+        typer.Option(help="Plan file or folder (its policies: weights change no timing); again to compare."),
     ] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Blocks that drop; give it again to compare.")] = None,
     sensitivity: Annotated[
