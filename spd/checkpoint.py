@@ -104,7 +104,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.entries: dict[str, dict] = {}  # name -> {"shape", "dtype", "file", "offset", "bytes"}
         for file in self._files():
-            self.entries |= self._header(file)
+            self.entries |= self.header(file)
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -124,7 +124,7 @@ class SafetensorsFolder:
         raise SPDError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
 
     @staticmethod
-    def _header(file: Path) -> dict[str, dict]:
+    def header(file: Path) -> dict[str, dict]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

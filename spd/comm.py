@@ -2,15 +2,24 @@
 
 `tp` logical shards fix the numbers; `world` processes host `k = tp / world` of them each, in lock-step. A sync
 sums over the hosted shards first and then, in one collective, over the processes.
+
+Gradients. Every process computes the same loss from its own copy of whatever is replicated. Read as one function of
+all those copies, the objective is the mean over processes of that loss, and an all-reduce is a plain sum, so that its
+backward is the same sum over the gradients: a dropped sync point costs nothing backward either. What is left to do
+after `backward` is to scale by 1 / world and, for replicated parameters, to add up the copies' gradients:
+`Shards.reduce_gradients`. (Megatron's pair of identities and sums gives the same numbers, but needs a mark at
+every place where something replicated meets something sharded, norm weights included.)
 """
 
 import re
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from spd.errors import SPDError
 from spd.plan import DROP, FULL, Policy
@@ -116,7 +125,32 @@ class Shards:
         return self.sync(stream, FULL, "flush")
 
     def all_reduce(self, tensor: torch.Tensor, point: str) -> torch.Tensor:
-        """Sum of `tensor` over the processes, in place; counted and timed on the CPU's clock."""
+        """Sum of `tensor` over the processes; counted and timed on the CPU's clock.
+
+        In place, unless gradients flow through it; their own sum is counted as `POINT backward`.
+        """
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return _Sum.apply(tensor, self, point)
+        return self._all_reduce(tensor, point)
+
+    def reduce_gradients(self, replicated: Iterable[nn.Parameter], sharded: Iterable[nn.Parameter]) -> None:
+        """After `backward` of a loss that all processes computed alike: the gradients of that one loss, in place.
+
+        Sharded parameters are scaled by 1 / world; replicated ones get the mean over processes, equal on each.
+        """
+        if self.world == 1:
+            return
+        for parameter in sharded:
+            if parameter.grad is not None:
+                parameter.grad /= self.world
+        copies = [p.grad for p in replicated if p.grad is not None]
+        if copies:
+            flat = torch.cat([grad.flatten() for grad in copies])
+            mean = self._all_reduce(flat, "gradients") / self.world
+            for grad, part in zip(copies, mean.split([g.numel() for g in copies]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def _all_reduce(self, tensor: torch.Tensor, point: str) -> torch.Tensor:
         if self.silent:
             return tensor
         payload = tensor.numel() * tensor.element_size()
@@ -136,6 +170,14 @@ class Shards:
             spent.emulated_seconds += time.perf_counter() - reached
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What all shards hold, (tp, ...), from the (k, ...) of every process; uncounted, for offline work."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts)
+
     def align(self) -> None:
         """Waits until every process is here, uncounted."""
         if self.world > 1:
@@ -145,3 +187,16 @@ class Shards:
         """What each sync point has cost since the last call, by its name; counting starts afresh."""
         taken, self.collectives = self.collectives, defaultdict(Collective)
         return dict(taken)
+
+
+class _Sum(torch.autograd.Function):
+    """The all-reduce for autograd: forward sums over the processes, and so does backward."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, shards: Shards, point: str) -> torch.Tensor:
+        ctx.shards, ctx.point = shards, point
+        return shards._all_reduce(tensor.clone(), point)  # a clone: others may still need the shards' own parts
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return ctx.shards._all_reduce(grad.clone(), f"{ctx.point} backward"), None, None

@@ -51,9 +51,26 @@ class BenchSection(_Section):
     percentages: str | None = None
 
 
+class DistillSection(_Section):
+    """Left out, a value is the recipe's own (`spd.recipes.DEFAULTS`)."""
+
+    recipe: str | None = Field(None, description="`zs`, `closed-form`, `paper` or `best`")
+    strategy: str | None = Field(None, description="of the paper's recipe: `zs`, `b2b` or `b2b+hg`")
+    epochs: int | None = Field(None, ge=0, description="for each block")
+    learning_rate: float | None = Field(None, gt=0)
+    optimizer: str | None = Field(None, description="`adam` or `adamw`")
+    joint_epochs: int | None = Field(None, ge=0, description="of all dropped blocks together (`best`)")
+    generated: int | None = Field(None, ge=0, description="windows that the model writes itself (`best`)")
+    text: str | None = Field(None, description="calibration text, where not the common one")
+    seq_len: int | None = Field(None, ge=2)
+    windows: int | None = Field(None, ge=2, description="of calibration; the last tenth is held out")
+    skip: int | None = Field(None, ge=0)
+
+
 class Experiment(_Section):
     common: Common = Common()
     plan: PlanSection = PlanSection()
+    distill: DistillSection = DistillSection()
     sweep: EvaluationSection = EvaluationSection()
     bench: BenchSection = BenchSection()
 

@@ -110,18 +110,26 @@ class Attention(nn.Module):
         self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
         self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
 
-    def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
-        """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+    def project(self, x: Tensor, context: "Context") -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (S, B, h, T, d), keys and values (S, B, g, T, d), after the rotary embedding."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)
         q, k, v = heads.split((self.h, self.g, self.g), dim=2)
-        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+        return rotate(q, *context.rotary), rotate(k, *context.rotary), v
+
+    def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
+        """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        return self.out(self.mix(x, context, block))
+
+    def mix(self, x: Tensor, context: "Context", block: int) -> Tensor:
+        """What the heads gather from the values, before the output projection: (S, B, T, h d)."""
+        q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.extend(block, k, v)
         mask = None if context.mask is None else context.mask.repeat(q.shape[0], 1, 1, 1)
         y = F.scaled_dot_product_attention(
             *(t.flatten(0, 1) for t in (q, k, v)), mask, is_causal=context.causal, enable_gqa=self.h != self.g
         )
-        return self.out(y.unflatten(0, q.shape[:2]).transpose(2, 3).flatten(-2))
+        return y.unflatten(0, q.shape[:2]).transpose(2, 3).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -133,8 +141,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
+        return self.down(self.activations(x))
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Of the shards' neurons: (S or 1, B, T, D) gives (S, B, T, n)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -224,6 +236,12 @@ class Transformer(nn.Module):
         if last_only:
             stream = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
         return self.logits(stream)
+
+    @staticmethod
+    def is_sharded(parameter: str) -> bool:
+        """Whether each shard has its own part of the parameter so named; the others are equal on all shards."""
+        inner, kind = parameter.split(".")[-2:]
+        return inner in ("qkv", "gate_up") or (inner in ("out", "down") and kind == "weight")
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         weight, shards = self.embedding.weight, self.shards

@@ -123,19 +123,31 @@ def read_plan(path: Path, fingerprint: str, tp: int, num_blocks: int) -> Plan:
     Raises:
         SPDError: not a plan, or made for another model, tp or number of blocks.
     """
-    path = path / "plan.json" if path.is_dir() else path
-    try:
-        document = json.loads(path.read_text())
-        policies, made_for, made_tp = document["policies"], document["model"]["fingerprint"], document["tp"]
-    except FileNotFoundError:
-        raise SPDError(f"There is no plan at {path}.") from None
-    except OSError as error:
-        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError):
-        raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
-    plan = Plan.from_policies(policies)
-    if len(plan) != num_blocks:
-        raise SPDError(f"The plan at {path} has {len(plan)} blocks, the model {num_blocks}.")
+    return Plan.from_policies(read_plan_document(path, fingerprint, tp, num_blocks)["policies"])
+
+
+def plan_file(path: Path) -> Path:
+    """The plan file that a path means: itself, or the one in a folder."""
+    return path / "plan.json" if path.is_dir() else path
+
+
+def degree(path: Path) -> int:
+    """The tp that the plan at `path` was made for."""
+    return _read_document(plan_file(path))["tp"]
+
+
+def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -> dict:
+    """All that `read_plan` reads: besides `policies`, perhaps `classes`, or `changed`, the file of repaired weights.
+
+    Raises:
+        SPDError: as `read_plan` does.
+    """
+    path = plan_file(path)
+    document = _read_document(path)
+    made_for, made_tp = document["model"]["fingerprint"], document["tp"]
+    blocks = len(Plan.from_policies(document["policies"]))
+    if blocks != num_blocks:
+        raise SPDError(f"The plan at {path} has {blocks} blocks, the model {num_blocks}.")
     if made_tp != tp:
         raise SPDError(
             f"The plan at {path} was made for tp={made_tp}, not tp={tp}: sensitivities differ, make one anew."
@@ -143,4 +155,17 @@ def read_plan(path: Path, fingerprint: str, tp: int, num_blocks: int) -> Plan:
     if made_for != fingerprint:
         name = document["model"].get("name", "another model")
         raise SPDError(f"The plan at {path} was made for {name} ({made_for}), and this model is {fingerprint}.")
-    return plan
+    return document
+
+
+def _read_document(path: Path) -> dict:
+    try:
+        document = json.loads(path.read_text())
+        _ = document["policies"], document["model"]["fingerprint"], document["tp"]
+    except FileNotFoundError:
+        raise SPDError(f"There is no plan at {path}.") from None
+    except OSError as error:
+        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError):
+        raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
+    return document

@@ -14,7 +14,8 @@ from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.generate import Sampling, generate
 from spd.model import Transformer
-from spd.plan import Plan
+from spd.plan import Plan, plan_file, read_plan_document
+from spd.repaired import load_changed
 from spd.tiny import MODEL_DIR
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,6 +130,17 @@ class SPDModel:
         if len(plan) != self.config.num_blocks:
             raise SPDError(f"The plan has {len(plan)} blocks, the model {self.config.num_blocks}.")
         self.transformer.plan = plan
+
+    def load_plan(self, path: Path) -> None:
+        """Takes the plan at `path`; with a folder that `distill` made, also the weights repaired for it.
+
+        Raises:
+            SPDError: not a plan, made for another model or tp, or its weights are missing or damaged.
+        """
+        document = read_plan_document(path, self.fingerprint, self.tp, self.config.num_blocks)
+        if "changed" in document:
+            load_changed(self.transformer, plan_file(path).parent / document["changed"])
+        self.plan = Plan.from_policies(document["policies"])
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None

@@ -11,10 +11,11 @@ from spd import track
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
 from spd.launch import Runtime, runtime, say, tracking_uri
-from spd.plan import Plan, parse_blocks, read_plan
+from spd.plan import Plan, parse_blocks, read_plan_document
 from spd.pretrained import SPDModel
 from spd.progress import bar
 
+PLAN_AND_DROP = "--plan already says what is dropped; leave out --drop and --drop-mlp."
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
 
 
@@ -31,7 +32,9 @@ class Session:
         if self.runtime.leads:  # before the work, lest its result have nowhere to go
             track.check_writable(self.options.records)
             if self.options.out is not None:
-                track.check_writable(self.options.out if self.command == "report" else self.options.out.parent)
+                track.check_writable(
+                    self.options.out if self.command in ("report", "distill") else self.options.out.parent
+                )
         return self
 
     def __exit__(self, *error) -> None:
@@ -40,7 +43,9 @@ class Session:
     def load(self) -> SPDModel:
         o = self.options
         shards = self.runtime.shards(o.tp)
-        return SPDModel.from_pretrained(o.model, shards=shards, dtype=o.dtype, device=self.runtime.device)
+        return SPDModel.from_pretrained(
+            o.model, shards=shards, dtype=getattr(o, "dtype", "float32"), device=self.runtime.device
+        )
 
     def windows(self, model: SPDModel) -> Windows:
         o = self.options
@@ -54,15 +59,24 @@ class Session:
         return found
 
     def plan(self, model: SPDModel) -> Plan:
-        """From `--plan`, or `--drop` and `--drop-mlp`, or everything `full`."""
+        """From `--plan`, with the repaired weights of a folder, or `--drop` and `--drop-mlp`, or everything `full`."""
         o, blocks = self.options, model.config.num_blocks
         if o.plan is None:
             return Plan.dropping(
                 blocks, parse_blocks(o.drop or "none", blocks), parse_blocks(o.drop_mlp or "none", blocks)
             )
-        if o.drop is not None or o.drop_mlp is not None:
-            raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
-        return read_plan(o.plan, model.fingerprint, model.tp, blocks)
+        if getattr(o, "drop", None) is not None or getattr(o, "drop_mlp", None) is not None:
+            raise SPDError(PLAN_AND_DROP)
+        model.load_plan(o.plan)
+        return model.plan
+
+    def plan_document(self, model: SPDModel) -> dict:
+        """The content of `--plan` (policies, perhaps classes), or the policies of `--drop` and `--drop-mlp`."""
+        if self.options.plan is None:
+            return {"policies": self.plan(model).policies()}
+        if self.options.drop is not None or self.options.drop_mlp is not None:
+            raise SPDError(PLAN_AND_DROP)
+        return read_plan_document(self.options.plan, model.fingerprint, model.tp, model.config.num_blocks)
 
     def progress(self, total: int, unit: str):
         return bar(total, unit, shown=self.runtime.leads)
@@ -81,8 +95,8 @@ class Session:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command != "report":
-            track.write_json(o.out, document)
+        if o.out is not None and self.command not in ("report", "export"):
+            track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
             reproduction=o.reproduction,

@@ -257,3 +257,52 @@ def test_as_a_program(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.strip() == "There is no text nowhere.txt; give a file, 'builtin' or 'builtin-train'."
+
+
+def test_distill_eval_generate_export(spd, common, plain, tmp_path):
+    measured(spd, common)
+    spd("plan", "s.json", "--budget", "100%", "--tau1", -1e9, "--tau2", 0.0, "--out", "plan.json")
+    calibration = [*common, "--windows", 10, "--skip", 10]
+    command = ["distill", *calibration, "--plan", "plan.json", "--recipe", "paper", "--epochs", 1, "--out", "repair"]
+    command += ["--learning-rate", 1e-3]
+    code, result, err = spd(*command)
+    assert code == 0, err
+    assert {"blocks", "perplexity_before", "perplexity_after", "seconds"} <= set(result)
+    assert set(result["blocks"][0]) >= {"index", "class", "treatment", "loss_before", "loss_after"}
+    assert json.loads((tmp_path / "repair/result.json").read_text()) == result
+    assert json.loads((tmp_path / "repair/plan.json").read_text())["classes"]
+    code, again, _ = spd(*command)
+    assert code == 0 and again == result  # it was finished: nothing is done twice
+    held_out = [*common, "--windows", 1, "--skip", 19]
+    code, scored, _ = spd("eval", *held_out, "--plan", "repair")
+    assert scored["perplexity"] == result["perplexity_after"]
+    assert spd("generate", "--model", plain, "--tp", 4, "--prompt", "t5", "--plan", "repair")[0] == 0
+    code, exported, err = spd("export", "--model", plain, "--plan", "repair", "--out", "hf")
+    assert code == 0, err
+    assert exported["tp"] == 4 and exported["exported"]["fingerprint"] != result["model"]["fingerprint"]
+    code, elsewhere, _ = spd("eval", *["hf" if word == plain else word for word in held_out], "--plan", "hf")
+    assert elsewhere["perplexity"] == pytest.approx(scored["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "magic"], "Unknown recipe"),
+        (["--recipe", "paper", "--epochs", "-1"], "must not be negative"),
+        (["--recipe", "best", "--drop-mlp", "1"], "closed form"),
+        (["--recipe", "zs", "--windows", "1"], "held-out"),
+    ],
+)
+def test_distill_refuses_in_words(spd, common, tmp_path, options, message):
+    code, result, err = spd("distill", *common, "--windows", "10", "--drop", "0", "--out", "x", *options)
+    assert code == 1 and result is None and message in err
+    assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_curves_of_a_repair_become_metrics():
+    from spd.track import metrics
+
+    result = {"blocks": [{"index": 2, "class": "SB", "loss_before": 0.5, "loss_after": 0.25}],
+              "curves": {"block_2": {"loss": [0.5, 0.375]}}}  # fmt: skip
+    assert ("blocks/loss_after", 0.25, 2) in metrics(result)
+    assert ("curves/block_2/loss", 0.375, 1) in metrics(result)

@@ -1,0 +1,382 @@
+"""Repair of dropped blocks without training: heads and neurons moved, projections refitted by least squares.
+
+A block that drops its attention sync gives its MLP on shard i the input `x + y_i` in place of `x + sum_j y_j`.
+Three things mend most of that, none of which needs a gradient:
+
+correct  each shard's gate and up projections get the matrix that best predicts, from the normalised input the shard
+         sees, the normalised input it should see;
+place    each neuron goes to the shard whose (corrected) input serves it best;
+refit    the down projections of all shards, and the attention output projections, are regressed jointly on what the
+         block still misses of its target.
+
+Everything here needs the MLP's sync to stay `full`. Shapes as in `model.py`; F is the number of MLP neurons.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spd.assignment import balanced_assignment
+from spd.comm import Shards, Stream
+from spd.config import ModelConfig
+from spd.errors import SPDError
+from spd.evaluate import batches
+from spd.least_squares import Moments, best_ridge, conjugate_gradients
+from spd.model import Block, Context, Transformer
+from spd.permute import permute_neurons
+from spd.plan import DROP, FULL, Plan
+
+HELD_OUT = 10  # one window in so many chooses the ridge
+POINT = "calibration"  # the name of these all-reduces in the counts
+DROPPED, KEPT = (DROP, FULL), (FULL, FULL)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which steps are taken, and their limits."""
+
+    correct: bool = True
+    place: bool = True
+    refit: bool = True
+    refit_attention: bool = True  # the output projection too, where that helps
+    joint_features: int = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
+    sweeps: int = 30  # over the data, where the shards' solutions are reconciled instead
+    placement_tokens: int = 16_384  # on which neurons are compared
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one block reads and should give, batch by batch; gone through several times, in the same order.
+
+    `inputs` are the residual streams (B, T, D) that enter the block in the student, nothing pending; `targets`
+    (B, T, D) what the teacher's block gave for the same tokens. `context` makes a batch's `Context`
+    (`Transformer.context`).
+    """
+
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    context: Callable[[Stream], Context]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Context]]:
+        for x, target in zip(self.inputs, self.targets, strict=True):
+            yield x, target, self.context(Stream(x))
+
+    def split(self) -> Iterator[tuple[Tensor, Tensor, Context, Tensor]]:
+        """As iterating, and which of the batch's windows (B,) are held out."""
+        seen = 0
+        for x, target, context in self:
+            held_out = torch.arange(seen, seen + len(x)) % HELD_OUT == HELD_OUT - 1
+            seen += len(x)
+            yield x, target, context, held_out
+
+    def sample(self, tokens: int) -> Iterator[tuple[Tensor, Context]]:
+        """Inputs of every n-th batch, at least about `tokens` in all if there are so many."""
+        total = sum(x.shape[0] * x.shape[1] for x in self.inputs)
+        for x in itertools.islice(self.inputs, 0, None, max(1, total // tokens)):
+            yield x, self.context(Stream(x))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block among its shards."""
+
+    block: Block
+    index: int
+    shards: Shards
+    config: ModelConfig
+
+
+@torch.no_grad()
+def repair_block(site: Site, data: Calibration, options: Options = Options()) -> dict:
+    """Repairs one block for a dropped attention sync, in place; every process ends with the same decision.
+
+    A repair that would end worse than the block as it was, or not finite, is undone.
+
+    Returns:
+        `error_before`, `error_after` (mean squared error of the block's output on all the calibration data),
+        `steps` (name and error after it of every step taken) and `kept` (False: undone).
+    """
+    saved = copy.deepcopy(site.block.state_dict())
+    before = output_error(site, data)
+    steps = dict(_steps(site, data, options))
+    after = next(reversed(steps.values()), before)
+    kept = after <= before  # False for NaN
+    if not kept:
+        site.block.load_state_dict(saved)
+    return {"error_before": before, "error_after": after if kept else before, "steps": steps, "kept": kept}
+
+
+def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[str, float]]:
+    """Takes the steps; yields each one's name and the error after it."""
+    block = site.block
+    corrections = input_corrections(site, block, data) if options.correct else None
+    if options.place:
+        place_neurons(site, data, corrections, options.placement_tokens)
+        if corrections is None:
+            yield "place", output_error(site, data)
+    original = copy.deepcopy(block)
+    if corrections is not None:
+        apply_corrections(block, original, corrections)
+        yield "place, correct" if options.place else "correct", output_error(site, data)
+    if not options.refit:
+        return
+    unfitted = copy.deepcopy(block.state_dict())
+    refit(site, data, options)
+    yield "refit", (error := output_error(site, data))
+    if options.refit_attention:
+        fitted = copy.deepcopy(block.state_dict())
+        block.load_state_dict(unfitted)
+        ridge = refit(site, data, options, attention=True)
+        if options.correct:  # the shards' inputs have changed
+            apply_corrections(block, original, input_corrections(site, original, data))
+        refit(site, data, options, ridge=ridge)
+        if (with_attention := output_error(site, data)) < error:
+            yield "refit attention", with_attention
+        else:
+            block.load_state_dict(fitted)
+
+
+@torch.no_grad()
+def output_error(site: Site, data: Calibration) -> float:
+    """Mean squared error of the dropped block's output."""
+    total = count = 0
+    for x, target, context in data:
+        out = site.block(Stream(x), DROPPED, site.shards, context, site.index).x
+        total += (target - out).double().square().sum().item()
+        count += out.numel()
+    return total / count
+
+
+def _all_reduced(site: Site, y: Tensor) -> Tensor:
+    """Sum (B, T, D) of the shards' parts (S, B, T, D)."""
+    return site.shards.all_reduce(y.sum(0), POINT)
+
+
+def _attention(block: Block, site: Site, x: Tensor, context: Context) -> tuple[Tensor, Stream]:
+    """What the hosted heads gather (S, B, T, h d), and the stream with their outputs pending."""
+    mixed = block.attention.mix(block.attention_norm(x[None]), context, site.index)
+    return mixed, Stream(x).produce(block.attention.out(mixed), block.attention.out.bias)
+
+
+# Correcting
+
+
+@torch.no_grad()
+def input_corrections(site: Site, original: Block, data: Calibration) -> Tensor:
+    """Matrices (S, D, D) that predict the MLP input without a drop from what each hosted shard sees now.
+
+    `original` is the block whose undropped MLP input is wanted, on the student's inputs; `site.block` may differ from
+    it in its attention output projection. Inputs are meant after the norm. A shard for which no ridge predicts
+    better on held-out windows than its own input keeps the identity.
+    """
+    shards, width = site.shards.k, site.config.hidden_size
+    moments = [Moments(shards, width, width, original.mlp_norm.weight.device) for _ in range(2)]
+    for x, _, context, held_out in data.split():
+        mixed, stream = _attention(original, site, x, context)
+        wanted = original.mlp_norm(stream.x + _all_reduced(site, stream.pending))
+        seen = site.block.mlp_norm(stream.x + site.block.attention.out(mixed))
+        for moment, windows in zip(moments, (~held_out, held_out), strict=True):
+            moment.add(seen[:, windows], (wanted - seen)[:, windows])
+    change = (moments[0] + moments[1]).solve(best_ridge(*moments))
+    return torch.eye(width, dtype=torch.double, device=change.device) + change
+
+
+@torch.no_grad()
+def apply_corrections(block: Block, original: Block, corrections: Tensor) -> None:
+    """Gate and up projections of `block` become the original's after the corrections (S, D, D)."""
+    weight = original.mlp.gate_up.weight
+    block.mlp.gate_up.weight.copy_((weight.double() @ corrections).to(weight))
+
+
+# Placing
+
+
+@torch.no_grad()
+def placement_costs(site: Site, data: Calibration, corrections: Tensor | None, tokens: int) -> Tensor:
+    """Squared error (F, tp) each neuron would cause in the block's output, summed over tokens, on each shard.
+
+    The neuron's activation on the shard's input (after `corrections` (S, D, D), where given) against that on the
+    undropped input, times the squared norm of its column of the down projection. Each process reckons its hosted
+    shards' columns for all F neurons.
+    """
+    block, shards = site.block, site.shards
+    weight, bias, power = _all_neurons(block, shards)
+    costs = torch.zeros(shards.k, weight.shape[1], dtype=torch.double, device=weight.device)
+    for x, context in data.sample(tokens):
+        _, stream = _attention(block, site, x, context)
+        wanted = _activations(block.mlp_norm(stream.x + _all_reduced(site, stream.pending.clone())), weight, bias)
+        for shard, pending in enumerate(stream.pending):
+            seen = block.mlp_norm(stream.x + pending)
+            if corrections is not None:
+                seen = seen @ corrections[shard].mT.to(seen)
+            error = _activations(seen, weight, bias) - wanted
+            costs[shard] += error.float().square().sum((0, 1))
+    return shards.gather(costs * power).T
+
+
+def _all_neurons(block: Block, shards: Shards) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gate and up rows (2, F, D) of all shards, their biases (2, F), and the down columns' squared norms (F,)."""
+    mlp, halves = block.mlp, (2, -1)
+    weight = shards.gather(mlp.gate_up.weight).unflatten(1, halves).transpose(0, 1).flatten(1, 2)
+    bias = mlp.gate_up.bias
+    if bias is not None:
+        bias = shards.gather(bias).unflatten(1, halves).transpose(0, 1).flatten(1, 2)
+    return weight, bias, shards.gather(mlp.down.weight.double().square().sum(1)).flatten()
+
+
+def _activations(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    gate, up = (F.linear(x, weight[half], None if bias is None else bias[half]) for half in (0, 1))
+    return F.silu(gate) * up
+
+
+@torch.no_grad()
+def place_neurons(
+    site: Site, data: Calibration, corrections: Tensor | None = None, tokens: int = Options.placement_tokens
+) -> float:
+    """Moves every neuron to the shard that serves it best, equally many to each; the summed cost that remains."""
+    costs = placement_costs(site, data, corrections, tokens).cpu().numpy()
+    shard = balanced_assignment(costs)
+    permute_neurons(site.block, torch.from_numpy(np.argsort(shard, kind="stable")), site.shards)
+    return float(costs[np.arange(len(shard)), shard].sum())
+
+
+# Refitting
+
+
+@torch.no_grad()
+def refit(
+    site: Site, data: Calibration, options: Options = Options(), attention: bool = False, ridge: float | None = None
+) -> float:
+    """Ridge regression of all shards' down projections, jointly, on what the block's output misses; in place.
+
+    With `attention` the attention output projections join, as if they did not feed the MLP: the MLP's input changes
+    with them, so that the block needs correcting and refitting after it.
+
+    Returns:
+        The ridge, the one given or else the one that served the held-out windows best; inf: nothing was changed. A
+        choice on windows that an earlier refit has seen would favour no change.
+    """
+    features = site.config.intermediate_size + (site.config.hidden_size if attention else 0)
+    together = site.shards.world == 1 and features <= options.joint_features
+    if together:
+        change, ridge = _refit_joint(site, data, attention, ridge)
+    else:
+        change, ridge = _refit_sweeps(site, data, attention, ridge, options.sweeps)
+    down, out = site.block.mlp.down.weight, site.block.attention.out.weight
+    down.copy_((down.double() + change[..., : down.shape[2]]).to(down))
+    if attention:
+        out.copy_((out.double() + change[..., down.shape[2] :]).to(out))
+    return ridge
+
+
+def _features(site: Site, x: Tensor, context: Context, attention: bool) -> tuple[Tensor, Stream]:
+    """Inputs (S, B, T, p) of the hosted projections to fit, and the stream with all their outputs pending."""
+    mixed, stream = _attention(site.block, site, x, context)
+    activations = site.block.mlp.activations(site.block.mlp_norm(stream.read()))
+    stream = stream.produce(site.block.mlp.down(activations), site.block.mlp.down.bias)
+    return torch.cat((activations, mixed), -1) if attention else activations, stream
+
+
+def _feature_count(site: Site, attention: bool) -> int:
+    mlp, out = site.block.mlp.down.weight, site.block.attention.out.weight
+    return mlp.shape[2] + (out.shape[2] if attention else 0)
+
+
+def _missing(
+    site: Site, data: Calibration, attention: bool
+) -> Iterator[tuple[Tensor, Tensor, tuple[tuple[int, Tensor], ...]]]:
+    """Features (S, B, T, p), what the block's output misses (B, T, D), and windows to fit (0) and to hold out (1)."""
+    for x, target, context, held_out in data.split():
+        features, stream = _features(site, x, context, attention)
+        yield features, target - stream.x - _all_reduced(site, stream.pending), ((0, ~held_out), (1, held_out))
+
+
+def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Tensor, float]:
+    """Changes (S, D, p) of the projections from one Gram matrix of all S p features, and their ridge."""
+    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
+    moments = [Moments(1, shards * count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
+    for features, missing, parts in _missing(site, data, attention):
+        features = features.movedim(0, -2).flatten(-2)  # (B, T, S p)
+        for part, windows in parts:
+            moments[part].add(features[None, windows], missing[None, windows])
+    ridge = best_ridge(*moments).item() if ridge is None else ridge
+    return (moments[0] + moments[1]).solve(ridge)[0].unflatten(1, (shards, count)).movedim(1, 0), ridge
+
+
+def _refit_sweeps(
+    site: Site, data: Calibration, attention: bool, ridge: float | None, sweeps: int
+) -> tuple[Tensor, float]:
+    """The same with one Gram matrix a shard: only predictions (B, T, D) travel between processes.
+
+    The ridge is the one which serves best when each shard regresses by itself.
+    """
+    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
+    moments = [Moments(shards, count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
+    for features, missing, parts in _missing(site, data, attention):
+        for part, windows in parts:
+            moments[part].add(features[:, windows], missing[windows].expand(shards, -1, -1, -1))
+
+    def total(errors: Tensor) -> Tensor:
+        return site.shards.all_reduce(errors.sum(1, keepdim=True), POINT)
+
+    def apply(coefficients: Tensor) -> Tensor:
+        cross = torch.zeros_like(coefficients)
+        for x, _, context in data:
+            features = _features(site, x, context, attention)[0].float().flatten(1, 2)
+            prediction = site.shards.all_reduce((features @ coefficients.mT.float()).sum(0), POINT)
+            cross += prediction.mT @ features
+        return cross
+
+    ridge = best_ridge(*moments, total).item() if ridge is None else ridge
+    if not np.isfinite(ridge):
+        return torch.zeros_like(moments[0].cross), ridge
+    both = moments[0] + moments[1]
+    return conjugate_gradients(both, ridge, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps), ridge
+
+
+# Whole models
+
+
+@torch.no_grad()
+def repair_model(
+    model: Transformer,
+    plan: Plan,
+    tokens: Tensor,
+    options: Options = Options(),
+    progress: Callable[[int, dict], None] = lambda block, report: None,
+) -> list[dict]:
+    """Repairs the blocks which `plan` drops, in order, each on what the blocks before it give now; sets the plan.
+
+    The targets are the outputs of the model as it came, undropped. Two residual streams of the calibration windows
+    (W, T) are held, and one block's copy.
+
+    Returns:
+        `repair_block`'s report and the number of every dropped block; `progress` gets the same as they come.
+
+    Raises:
+        SPDError: a plan that drops the sync after an MLP.
+    """
+    if any(pair not in (KEPT, DROPPED) for pair in plan.blocks):
+        raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
+    model.plan = plan
+    student = [model.embed(batch.to(model.embedding.weight.device)).x for batch in batches(tokens)]
+    teacher, reports = list(student), []
+    for i, policies in enumerate(plan.blocks):
+        teacher = _run(model, i, teacher, KEPT)
+        if policies == DROPPED:
+            site = Site(model.blocks[i], i, model.shards, model.config)
+            report = {"index": i} | repair_block(site, Calibration(student, teacher, model.context), options)
+            reports.append(report)
+            progress(i, report)
+        student = _run(model, i, student, policies)
+    return reports
+
+
+def _run(model: Transformer, i: int, stream: list[Tensor], policies: tuple) -> list[Tensor]:
+    return [model.run_block(i, Stream(x), policies, model.context(Stream(x))).x for x in stream]

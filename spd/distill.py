@@ -1,0 +1,265 @@
+"""Repairing the blocks of a plan: the paper's recipe (algorithm 1, sections 4.2.2 to 4.2.4), and what goes past it.
+
+The original all-TP model's hidden states (the teacher's) are moved through the model block by block; where a block is
+to be repaired it learns to give, under the plan, what the original block gave. `paper` feeds it the teacher's hidden
+states; `best` feeds it what the blocks repaired before it give, and trains all of them together at the end.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spd.closed_form import Calibration, Site, repair_block
+from spd.errors import SPDError
+from spd.evaluate import perplexity
+from spd.grouping import group_heads
+from spd.model import Transformer
+from spd.plan import Plan
+from spd.planner import KEEP
+from spd.pretrained import SPDModel
+from spd.recipes import (
+    CLOSED_FORM,
+    DISTILL,
+    GROUP,
+    SPD_BLOCK,
+    TP_BLOCK,
+    Options,
+    class_of,
+    repaired_blocks,
+    split,
+)
+from spd.repaired import Workspace, block_parameters, changed_tensors
+from spd.sample import sample_windows
+from spd.streams import Activations, Batches, Passes
+from spd.training import Diverged, block_loss, train_block, train_jointly
+
+KEPT = "zero-shot"  # what a block whose repair failed is left as
+
+Told = Callable[..., None]
+
+
+def distill(
+    model: SPDModel,
+    tokens: Tensor,
+    document: dict,
+    options: Options,
+    folder: Path,
+    leads: bool = True,
+    told: Told = lambda *_, **__: None,
+) -> dict:
+    """Repairs a model for a plan, in place, and writes plan, changed tensors and result to `folder`.
+
+    Started again with the same arguments after it was interrupted, it goes on after the last finished block, and ends
+    with the same weights; where it had ended, it gives the result again.
+
+    Args:
+        model: as read, in float32, with nothing repaired.
+        tokens: calibration windows (W, T); the last tenth is held out.
+        document: `policies` and, for the paper's recipe, the `classes` of all blocks, as a plan file holds them.
+        leads: whether this process writes.
+        told: progress; told of steps done, and the `loss`.
+
+    Returns:
+        `blocks` (of each: `index`, `class`, `treatment`, `loss_before`, `loss_after` on the held-out windows, and a
+        `note`), `curves`, `perplexity_full`, `perplexity_before` (zero-shot) and `perplexity_after` on the held-out
+        windows, `seconds`, `plan`.
+
+    Raises:
+        SPDError: too few windows, a model that is not in float32, a plan that the recipe cannot repair, or a folder
+            with another run's work.
+    """
+    if model.transformer.embedding.weight.dtype != torch.float32:
+        raise SPDError("Repairs are computed in float32; load the model with that dtype.")
+    plan = Plan.from_policies(document["policies"])
+    if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
+        raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
+    arguments = _arguments(model, tokens, document, options)
+    workspace = Workspace(folder, arguments, leads, model.transformer.shards)
+    if workspace.result is not None:
+        return workspace.result
+    run = _Run(model, tokens, document, options, workspace, told)
+    result = run.result()
+    plan = {name: value for name, value in document.items() if name not in ("changed", "arguments")}
+    plan |= {"plan": result["plan"], "recipe": options.recipe, "model": model.describe(), "tp": model.tp}
+    workspace.conclude(plan, result)
+    return result
+
+
+def _arguments(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
+    """What makes two runs the same."""
+    data = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+    same = {"model": model.fingerprint, "tp": model.tp, "data": data, "policies": document["policies"]}
+    return same | {"classes": document.get("classes")} | asdict(options)
+
+
+class _Run:
+    """One repair, from the first block to the last."""
+
+    def __init__(
+        self, model: SPDModel, tokens: Tensor, document: dict, options: Options, workspace: Workspace, told: Told
+    ):
+        self.started = time.monotonic()
+        self.model, self.document, self.options, self.workspace, self.told = model, document, options, workspace, told
+        self.transformer = model.transformer
+        self.plan = Plan.from_policies(document["policies"])
+        self.blocks = repaired_blocks(document)
+        self.kept = split(len(tokens))
+        self.held_out = tokens[self.kept :]
+        self.scores = self._scores()
+        own = self._generated(tokens[: self.kept])
+        self.trained = self.kept + len(own)
+        self.tokens = torch.cat((tokens[: self.kept], own, self.held_out))
+
+    def _scores(self) -> dict:
+        """Perplexities of the model as it was read, on the held-out windows: all TP, and under the plan."""
+        scores = {}
+        for name, plan in (("full", Plan.full(len(self.plan))), ("before", self.plan)):
+            self.model.plan = plan
+            scores[f"perplexity_{name}"] = perplexity(self.transformer, self.held_out)["perplexity"]
+        return scores
+
+    def _generated(self, tokens: Tensor) -> Tensor:
+        self.model.plan = Plan.full(len(self.plan))
+        banned = self.model.tokenizer.all_special_ids if self.model.tokenizer else []
+        return sample_windows(self.transformer, tokens, self.options.generated, banned, self.options.seed)
+
+    def result(self) -> dict:
+        """Repairs what is not yet repaired, and scores it."""
+        self.model.plan = self.plan
+        teacher = self._blockwise()
+        if self.options.joint and self.blocks:
+            self._jointly(teacher)
+        self.model.plan = self.plan
+        stages = self.workspace.state["stages"]
+        notes = [stages[f"block {i}"] if i in self.blocks else self._kept_block(i) for i in range(len(self.plan))]
+        curves = {f"block_{n['index']}": n["curve"] for n in notes if n.get("curve")}
+        if "joint" in stages:
+            curves["joint"] = stages["joint"]["curve"]
+        return {
+            "blocks": [{name: value for name, value in note.items() if name != "curve"} for note in notes],
+            "curves": curves,
+            **self.scores,
+            "perplexity_after": perplexity(self.transformer, self.held_out)["perplexity"],
+            "note": stages.get("joint", {}).get("note"),
+            "recipe": self.options.recipe,
+            "windows": {"trained": self.trained, "held_out": len(self.held_out)},
+            "seconds": self._seconds(),
+            "plan": str(self.plan),
+        }
+
+    def _kept_block(self, i: int) -> dict:
+        return {"index": i, "class": class_of(self.document, i), "treatment": KEEP, "loss_before": None,
+                "loss_after": None, "note": None}  # fmt: skip
+
+    def _seconds(self) -> float:
+        return self.workspace.state["seconds"] + time.monotonic() - self.started
+
+    def _finish(self, stage: str, note: dict, changed: dict[int, dict[str, Tensor]]) -> None:
+        self.workspace.finish(stage, note, changed, self._seconds())
+        self.started = time.monotonic()
+
+    # ------------------------------------------------------------ block by block
+
+    def _blockwise(self) -> Activations:
+        """Repairs the blocks in order; gives what leaves the original model's last block."""
+        last = max(self.blocks, default=-1) if self.options.joint is None else len(self.plan) - 1
+        own_inputs = self.options.students_inputs
+        teacher = Activations.embedded(self.transformer, self.tokens)
+        student = Activations.embedded(self.transformer, self.tokens) if own_inputs else None
+        for i in range(last + 1):
+            targets = teacher.through(self.transformer, i, TP_BLOCK, in_place=own_inputs)
+            if i in self.blocks:
+                self._block(i, student if own_inputs else teacher, targets)
+            if own_inputs:
+                student = student.through(self.transformer, i, self.plan.blocks[i], in_place=True)
+            teacher = targets
+        return teacher
+
+    def _block(self, i: int, inputs: Activations, targets: Activations) -> None:
+        stage = f"block {i}"
+        actions = self.options.actions(class_of(self.document, i))
+        if self.workspace.finished(stage) is None:
+            before = _copy(self.transformer, i)
+            note = self._repair(i, actions, inputs, targets, before)
+            self._finish(stage, note, {i: changed_tensors(self.transformer, i, before)})
+        else:
+            self.workspace.restore(self.transformer, i)
+            self.told(self.options.block.steps(self.trained) if DISTILL in actions else 0)
+
+    def _repair(
+        self, i: int, actions: tuple[str, ...], inputs: Activations, targets: Activations, before: dict[str, Tensor]
+    ) -> dict:
+        policies, held_out = self.plan.blocks[i], range(self.trained, len(self.tokens))
+
+        def loss() -> float:
+            return block_loss(self.transformer, i, policies, inputs, targets, held_out)
+
+        note = self._kept_block(i) | {"treatment": ", ".join((*actions, "drop")), "loss_before": loss()}
+        try:
+            for action in actions:
+                self._act(action, i, inputs, targets, note)
+            note["loss_after"] = loss()
+        except Diverged:
+            note["note"] = f"the loss became non-finite; kept {KEPT}"
+        else:
+            if not note["loss_after"] <= note["loss_before"]:
+                note["note"] = f"the repair ended at a loss of {note['loss_after']:.4g}, worse; kept {KEPT}"
+        if note["note"]:
+            self._put_back(before)
+            note["loss_after"] = note["loss_before"]
+        return note
+
+    def _act(self, action: str, i: int, inputs: Activations, targets: Activations, note: dict) -> None:
+        seed = self.options.seed + 1000 * (i + 1)
+        if action == CLOSED_FORM:
+            site = Site(self.transformer.blocks[i], i, self.transformer.shards, self.model.config)
+            windows = range(self.kept)  # the model's own text would double the time for little
+            streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
+            note["closed_form"] = repair_block(site, Calibration(*streams, self.transformer.context))["steps"]
+        elif action == GROUP:
+            passes = Passes(inputs, self.transformer, range(self.trained))
+            block, shards = self.transformer.blocks[i], self.transformer.shards
+            note["grouping"] = group_heads(block, passes, shards, self.model.config, seed)
+        elif action == DISTILL:
+            note["curve"] = train_block(
+                self.transformer, i, self.plan.blocks[i], inputs, targets, self.trained, self.options.block, seed,
+                self.told,
+            )  # fmt: skip
+
+    def _put_back(self, values: dict[str, Tensor]) -> None:
+        parameters = dict(self.transformer.named_parameters())
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+
+    # ------------------------------------------------------------ all together
+
+    def _jointly(self, teacher: Activations) -> None:
+        if self.workspace.finished("joint") is not None:
+            for i in self.blocks:
+                self.workspace.restore(self.transformer, i)
+            return
+        before = [_copy(self.transformer, i) for i in self.blocks]
+        note = {"curve": None, "note": None}
+        try:
+            note["curve"] = train_jointly(
+                self.transformer, self.blocks, self.tokens, teacher, self.trained, self.options.joint,
+                self.options.seed, self.told, self.workspace.load_epoch(), self.workspace.save_epoch,
+            )  # fmt: skip
+        except Diverged:
+            note["note"] = "training all blocks together became non-finite; each is kept as it was before"
+            for values in before:
+                self._put_back(values)
+        changed = {
+            i: changed_tensors(self.transformer, i, values) for i, values in zip(self.blocks, before, strict=True)
+        }
+        self._finish("joint", note, changed)
+
+
+def _copy(model: Transformer, block: int) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in block_parameters(model, block).items()}

@@ -1,0 +1,114 @@
+"""Ridge regression from statistics gathered in a stream.
+
+Solutions are corrections: the ridge pulls towards no change. Its strength is relative to the power of each feature,
+so that features of different scale are treated alike.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+DEFAULT_RIDGE = 1e-3  # where nothing is held out to choose by
+
+
+class Moments:
+    """Sums over tokens of features' products with each other and with targets, for G independent regressions.
+
+    `gram` (G, p, p) and `cross` (G, q, p) are sums in float64 of products taken in float32 a batch at a time;
+    `power` (G,) is the targets' own.
+    """
+
+    def __init__(self, regressions: int, features: int, targets: int, device: torch.device | str = "cpu"):
+        self.gram = torch.zeros(regressions, features, features, dtype=torch.double, device=device)
+        self.cross = torch.zeros(regressions, targets, features, dtype=torch.double, device=device)
+        self.power = torch.zeros(regressions, dtype=torch.double, device=device)
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Features (G, ..., p) and their targets (G, ..., q)."""
+        f, t = features.float().flatten(1, -2), targets.float().flatten(1, -2)
+        self.gram += f.mT @ f
+        self.cross += t.mT @ f
+        self.power += t.double().square().sum((1, 2))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        total = Moments(0, 0, 0)
+        total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
+        total.power = self.power + other.power
+        return total
+
+    def penalty(self, ridge: float | Tensor) -> Tensor:
+        """(G, p), what the ridge adds to the diagonal; a feature that is never active gets a little too."""
+        diagonal = self.gram.diagonal(dim1=1, dim2=2)
+        floor = 1e-3 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float).tiny
+        return torch.as_tensor(ridge).to(floor).reshape(-1, 1) * torch.maximum(diagonal, floor)
+
+    def factor(self, ridge: float | Tensor) -> Tensor:
+        """Cholesky factors (G, p, p) of the regularised Gram matrices."""
+        return torch.linalg.cholesky(self.gram + torch.diag_embed(self.penalty(ridge)))
+
+    def solve(self, ridge: float | Tensor) -> Tensor:
+        """Coefficients (G, q, p) that minimise the squared error plus the ridge, one for all or (G,); 0 if inf."""
+        ridge = torch.as_tensor(ridge, dtype=torch.double, device=self.power.device).reshape(-1, 1, 1)
+        factor = self.factor(torch.where(ridge.isfinite(), ridge, 1.0))
+        return torch.where(ridge.isfinite(), torch.cholesky_solve(self.cross.mT, factor).mT, 0.0)
+
+    def error(self, coefficients: Tensor) -> Tensor:
+        """Sum of squared errors (G,) which coefficients (G, q, p) leave."""
+        c = coefficients.double()
+        return self.power - 2 * (c * self.cross).sum((1, 2)) + (c @ self.gram * c).sum((1, 2))
+
+
+def best_ridge(fit: Moments, held_out: Moments, total: Callable[[Tensor], Tensor] = lambda errors: errors) -> Tensor:
+    """The ridges (G,) of `RIDGES` with which coefficients of `fit` serve the held-out part best.
+
+    Inf where no coefficients at all serve it better than any; `DEFAULT_RIDGE` where nothing is held out. `total` may
+    sum the errors (R, G) over regressions and processes to (R, 1), for one choice.
+    """
+    errors = torch.stack([held_out.error(fit.solve(ridge)) for ridge in RIDGES] + [held_out.power])
+    best = total(errors).argmin(0)
+    ridges = torch.tensor((*RIDGES, torch.inf), dtype=torch.double, device=best.device)[best]
+    return ridges if total(held_out.power[None]).all() else torch.full_like(ridges, DEFAULT_RIDGE)
+
+
+def conjugate_gradients(
+    moments: Moments,
+    ridge: float,
+    apply: Callable[[Tensor], Tensor],
+    total: Callable[[Tensor], Tensor],
+    sweeps: int,
+    tolerance: float = 1e-8,
+) -> Tensor:
+    """Coefficients (G, q, p) of one joint regression whose features are G groups, held by several processes.
+
+    Only the Gram matrix of each group is known, as `moments`; it preconditions: each group first solves for itself,
+    and the iteration reconciles them. In exact arithmetic it reaches the joint solution in at most as many sweeps as
+    there are features, and the ridged error falls with each; every row of the coefficients has its own step.
+
+    Args:
+        apply: coefficients (G, q, p) to the cross moments (G, q, p) of their joint prediction (q) with the features
+            held here: one pass over the data, in which only that prediction travels.
+        total: sum of a (q,) tensor over the processes.
+        sweeps: at most so many passes; fewer once every row's residual has fallen by `tolerance`.
+    """
+    factor, penalty = moments.factor(ridge), moments.penalty(ridge)[:, None]
+    solution, residual = torch.zeros_like(moments.cross), moments.cross.clone()
+    direction = torch.zeros_like(residual)
+    first = previous = None
+    for _ in range(sweeps):
+        preconditioned = torch.cholesky_solve(residual.mT, factor).mT
+        size = total((residual * preconditioned).sum((0, 2)))  # (q,)
+        first = size if first is None else first
+        if (size <= tolerance**2 * first).all():
+            break
+        direction = preconditioned + (0 if previous is None else _ratio(size, previous) * direction)
+        image = apply(direction) + penalty * direction
+        step = _ratio(size, total((direction * image).sum((0, 2))))
+        solution, residual, previous = solution + step * direction, residual - step * image, size
+    return solution
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """(q, 1), 0 where a row is already solved."""
+    return torch.where(b > 0, a / b, 0.0)[:, None]

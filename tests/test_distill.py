@@ -1,0 +1,293 @@
+"""Repairs: recipes, what they write, that they go on where they stopped, and what they gain on a real model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED, VARIANTS, random_model, with_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spd import repaired
+from spd.distill import distill
+from spd.errors import SPDError
+from spd.evaluate import perplexity
+from spd.export import export
+from spd.launch import Runtime, spawn
+from spd.plan import Plan
+from spd.pretrained import SPDModel
+from spd.recipes import DEFAULTS, Options, split, total_steps
+from spd.training import Diverged, Schedule
+
+TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
+QUICK = replace(DEFAULTS["best"], block=Schedule(1, 0.01, relative=True), joint=Schedule(1, 0.01, relative=True),
+                generated=3)  # fmt: skip
+LETTERS, CLASSES = "DF FF DF", ["SB", "ISB", "ESB"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("distill") / "model"
+    with_tokenizer(path, random_model(path, **VARIANTS["grouped-query"]))
+    return path
+
+
+def document(letters: str = LETTERS, classes: list | None = CLASSES) -> dict:
+    return {"policies": Plan.from_letters(letters).policies(), "classes": classes}
+
+
+def repair(folder: Path, out: Path, options: Options = QUICK, letters: str = LETTERS, tp: int = 4, **more) -> dict:
+    return distill(SPDModel.from_pretrained(folder, tp), TOKENS, document(letters), options, out, **more)
+
+
+def perplexity_with(folder: Path, plan: Path, tokens: torch.Tensor = TOKENS, tp: int = 4) -> float:
+    model = SPDModel.from_pretrained(folder, tp)
+    model.load_plan(plan)
+    return perplexity(model.transformer, tokens)["perplexity"]
+
+
+# ---------------------------------------------------------------- recipes and what they say
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("zs", ["drop", "keep", "drop"]),
+        ("b2b", ["distill, drop", "keep", "distill, drop"]),
+        ("b2b+hg", ["distill, drop", "keep", "group heads, distill, drop"]),
+    ],
+)
+def test_strategies_of_figure_7(folder, tmp_path, strategy, expected):
+    options = Options.of("paper", strategy, epochs=1, learning_rate=1e-3)
+    result = repair(folder, tmp_path, options, tp=2)
+    assert [block["treatment"] for block in result["blocks"]] == expected
+    assert [block["class"] for block in result["blocks"]] == CLASSES
+    assert [block["loss_before"] is None for block in result["blocks"]] == [False, True, False]
+    assert all(b["loss_after"] <= b["loss_before"] for b in result["blocks"] if b["loss_before"] is not None)
+    assert ("grouping" in result["blocks"][2]) == (strategy == "b2b+hg")
+    assert result["seconds"] > 0 and result["plan"] == LETTERS
+    if strategy == "zs":
+        assert result["perplexity_after"] == result["perplexity_before"]
+        assert not (tmp_path / repaired.CHANGED).exists()
+    else:
+        assert result["blocks"][0]["loss_after"] < result["blocks"][0]["loss_before"]
+        assert len(result["curves"]["block_0"]["loss"]) == 1
+
+
+def test_only_dropped_blocks_change_and_the_folder_gives_what_was_scored(folder, tmp_path):
+    result = repair(folder, tmp_path, Options.of("paper", epochs=1, learning_rate=1e-3))
+    changed = load_file(tmp_path / repaired.CHANGED)
+    assert {name.split(".")[1] for name in changed} == {"0", "2"}
+    assert changed["blocks.0.mlp.down.weight"].shape == (4, 32, 16)  # all shards
+    held_out = TOKENS[split(len(TOKENS)) :]
+    assert perplexity_with(folder, tmp_path, held_out) == result["perplexity_after"]
+    assert perplexity_with(folder, tmp_path / "plan.json", held_out) == result["perplexity_after"]
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "result.json", repaired.CHANGED}
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_best_trains_block_by_block_and_together(folder, tmp_path):
+    result = repair(folder, tmp_path)
+    assert set(result["curves"]) == {"block_0", "block_2", "joint"}
+    assert result["windows"] == {"trained": 13, "held_out": 2}
+    assert perplexity_with(folder, tmp_path, TOKENS[10:]) == result["perplexity_after"]
+
+
+def test_steps_announced_are_steps_taken(folder, tmp_path):
+    taken = []
+    repair(folder, tmp_path, told=lambda steps, **_: taken.append(steps))
+    assert sum(taken) == total_steps(document(), QUICK, len(TOKENS))
+
+
+def test_divergence_leaves_the_block_zero_shot_and_says_so(folder, tmp_path):
+    options = Options.of("paper", "b2b", epochs=2, learning_rate=1e30)
+    result = repair(folder, tmp_path, options)
+    assert "non-finite" in result["blocks"][0]["note"]
+    assert result["blocks"][0]["loss_after"] == result["blocks"][0]["loss_before"]
+    assert result["perplexity_after"] == result["perplexity_before"]
+
+
+def test_a_repair_that_does_worse_on_held_out_windows_is_undone(folder, tmp_path):
+    result = repair(folder, tmp_path, Options.of("paper", "b2b", epochs=1, learning_rate=0.3))
+    assert "worse" in result["blocks"][0]["note"] and "zero-shot" in result["blocks"][0]["note"]
+    assert result["perplexity_after"] == result["perplexity_before"]
+
+
+def test_joint_training_that_diverges_is_undone(folder, tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        raise Diverged
+
+    monkeypatch.setattr("spd.distill.train_jointly", diverge)
+    assert "non-finite" in repair(folder, tmp_path)["note"]
+
+
+# ---------------------------------------------------------------- going on after an interruption
+
+
+@pytest.mark.parametrize("stage", ["block 0", "block 2", "joint"])
+def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, monkeypatch, stage):
+    """Stopped right after a stage was written, and in the middle of the next: both end bitwise alike."""
+    whole = repair(folder, tmp_path / "whole")
+    finish = repaired.Workspace.finish
+
+    def stop_after(self, name, *arguments):
+        finish(self, name, *arguments)
+        if name == stage:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(repaired.Workspace, "finish", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        repair(folder, tmp_path / "parts")
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "result.json").exists()
+    redone = []
+    monkeypatch.setattr(
+        repaired.Workspace, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest))
+    )
+    resumed = repair(folder, tmp_path / "parts")
+    stages = ["block 0", "block 2", "joint"]
+    assert redone == stages[stages.index(stage) + 1 :]
+    assert_same(tmp_path / "whole", tmp_path / "parts", whole, resumed)
+
+
+def assert_same(first: Path, second: Path, result: dict, other: dict) -> None:
+    weights, others = (load_file(path / repaired.CHANGED) for path in (first, second))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert {k: v for k, v in result.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+
+
+def test_interrupted_within_a_block_it_redoes_that_block(folder, tmp_path):
+    whole = repair(folder, tmp_path / "whole")
+    steps = []
+
+    def stop(*_, **__):
+        steps.append(1)
+        if len(steps) == 20:  # 13 steps a block: in the second one
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(folder, tmp_path / "parts", told=stop)
+    assert_same(tmp_path / "whole", tmp_path / "parts", whole, repair(folder, tmp_path / "parts"))
+
+
+def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(folder, tmp_path, monkeypatch):
+    options = replace(QUICK, joint=replace(DEFAULTS["best"].joint, epochs=3))
+    whole = repair(folder, tmp_path / "whole", options)
+    steps = []
+
+    def stop(units, **_):
+        steps.append(units)
+        if sum(steps) == 2 * 13 + 2 * 13 + 5:  # two blocks, two epochs, and a little
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(folder, tmp_path / "parts", options, told=stop)
+    assert [path.name for path in (tmp_path / "parts/blocks").glob("epoch*")] == ["epoch-2.0-of-1.pt"]
+    steps.clear()
+    resumed = repair(folder, tmp_path / "parts", options, told=lambda units, **_: steps.append(units))
+    assert steps.count(1) == 13  # the third epoch alone
+    assert_same(tmp_path / "whole", tmp_path / "parts", whole, resumed)
+
+
+def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder, tmp_path, monkeypatch):
+    first = repair(folder, tmp_path)
+    monkeypatch.setattr("spd.distill._Run", None)  # nothing is run
+    assert repair(folder, tmp_path) == first
+    with pytest.raises(SPDError, match=r"another run's work \(seed differ"):
+        repair(folder, tmp_path, replace(QUICK, seed=1))
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def distill_here(runtime: Runtime, folder: str, out: str) -> dict:
+    model = SPDModel.from_pretrained(folder, shards=runtime.shards(4))
+    block = Schedule(2, 0.01, relative=True, decay=True, keep_best=True)  # with clipping, whose norm spans processes
+    options = replace(DEFAULTS["paper"], block=block)
+    result = distill(model, TOKENS, document(), options, Path(out), runtime.leads)
+    gathered = model.transformer.shards.gather(model.transformer.blocks[2].mlp.down.weight)
+    return {"perplexity": result["perplexity_after"], "weights": gathered.flatten().tolist()}
+
+
+def test_two_processes_end_where_one_does(folder, tmp_path):
+    """Up to the order of sums, which Adam's first steps magnify where a gradient is nearly zero."""
+    alone = distill_here(Runtime(), str(folder), str(tmp_path / "one"))
+    together = spawn(2, distill_here, str(folder), str(tmp_path / "two"))
+    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-3)
+    torch.testing.assert_close(torch.tensor(together["weights"]), torch.tensor(alone["weights"]), atol=5e-3, rtol=0)
+    written = load_file(tmp_path / "two" / repaired.CHANGED)["blocks.2.mlp.down.weight"]
+    assert torch.equal(written.flatten(), torch.tensor(together["weights"]))
+    assert perplexity_with(folder, tmp_path / "two", TOKENS[10:]) == pytest.approx(together["perplexity"], rel=1e-5)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_said_in_words(folder, tmp_path):
+    for options, message in (
+        (dict(recipe="nonsense"), "Unknown recipe"),
+        (dict(recipe="paper", strategy="all"), "Unknown strategy"),
+        (dict(recipe="paper", optimizer="sgd"), "Unknown optimizer"),
+        (dict(recipe="paper", learning_rate=-1.0), "must be positive"),
+        (dict(recipe="best", generated=-1), "must not be negative"),
+    ):
+        with pytest.raises(SPDError, match=message):
+            Options.of(**options)
+    with pytest.raises(SPDError, match="1 calibration window"):
+        distill(SPDModel.from_pretrained(folder, 4), TOKENS[:1], document(), QUICK, tmp_path)
+    with pytest.raises(SPDError, match="float32"):
+        distill(SPDModel.from_pretrained(folder, 4, dtype="bfloat16"), TOKENS, document(), QUICK, tmp_path)
+
+
+def test_a_folder_for_another_tp_or_with_damaged_weights_is_refused(folder, tmp_path):
+    repair(folder, tmp_path, Options.of("paper", "b2b", epochs=1, learning_rate=1e-3))
+    with pytest.raises(SPDError, match="made for tp=4"):
+        perplexity_with(folder, tmp_path, tp=2)
+    weights = tmp_path / repaired.CHANGED
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(SPDError, match="cannot be read"):
+        perplexity_with(folder, tmp_path)
+    weights.unlink()
+    with pytest.raises(SPDError, match="cannot be read"):
+        perplexity_with(folder, tmp_path)
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize(("tp", "key_value_heads"), [(4, 4), (8, 8)])
+def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_value_heads):
+    """At tp=8 the shards' copies of the 4 key/value heads have been trained apart: each becomes a head."""
+    repair(folder, tmp_path / "repair", Options.of("paper", "b2b", epochs=1, learning_rate=1e-3), tp=tp)
+    model = SPDModel.from_pretrained(folder, tp)
+    model.load_plan(tmp_path / "repair")
+    result = export(model, folder, tmp_path / "exported")
+    expected = perplexity(model.transformer, TOKENS)["perplexity"]
+    assert perplexity_with(tmp_path / "exported", tmp_path / "exported", tp=tp) == pytest.approx(expected, rel=1e-5)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert hf.config.num_key_value_heads == key_value_heads
+    model.plan = Plan.full(3)
+    with torch.no_grad():
+        torch.testing.assert_close(hf(TOKENS).logits, model.transformer(TOKENS), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SPDError, match="not empty"):
+        export(model, folder, tmp_path / "exported")
+    assert result["plan"] == LETTERS
+
+
+# ---------------------------------------------------------------- a real model
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real models and texts of ../shared are not here")
+def test_distillation_recovers_a_real_model(shared, tmp_path):
+    from spd.data import read_windows
+
+    name = shared / "models" / "stories260K"
+    model = SPDModel.from_pretrained(name, tp=4)
+    tokens = read_windows(str(shared / "text/tinystories_v1_train_head.txt"), model.tokenizer, 128, 20).tokens
+    whole = {"policies": Plan.dropping(5, range(5)).policies()}
+    result = distill(model, tokens, whole, Options.of("best", epochs=1, joint_epochs=1, generated=0), tmp_path)
+    gap = result["perplexity_before"] - result["perplexity_full"]
+    assert result["perplexity_after"] < result["perplexity_before"] - 0.25 * gap
