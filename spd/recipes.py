@@ -83,7 +83,7 @@ DEFAULTS = {
     "zs": Options("zs"),
     "closed-form": Options("closed-form"),
     "paper": Options("paper", block=Schedule(10, 5e-5)),
-    "best": Options("best", block=Schedule(1, 0.005, **_OURS), joint=Schedule(4, 0.005, **_OURS), generated=128),
+    "best": Options("best", block=Schedule(1, 0.003, **_OURS), joint=Schedule(4, 0.003, **_OURS), generated=128),
 }
 
 

@@ -18,6 +18,7 @@ from spd.streams import Activations
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 CLIP_NORM = 1.0  # of all gradients together, where the schedule is ours and not the paper's
 WARMUP = 0.05  # share of the steps
+SMALLEST_SCALE = 1e-3
 
 Told = Callable[..., None]  # progress: told how many steps were done, and `loss`
 
@@ -223,9 +224,9 @@ class _Trained:
         self.optimizer = OPTIMIZERS[schedule.optimizer](groups)
 
     def _scale(self, parameter: nn.Parameter) -> float:
-        """Root mean square of a parameter's values, over all shards."""
+        """Root mean square of a parameter's values, over all shards; a floor lets zero biases move."""
         mean = parameter.detach().double().square().mean()
-        return (self.shards.all_reduce(mean, "scale") / self.shards.world).sqrt().item()
+        return max(SMALLEST_SCALE, (self.shards.all_reduce(mean, "scale") / self.shards.world).sqrt().item())
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
