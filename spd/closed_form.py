@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from spd.errors import SPDError
 from spd.evaluate import batches
 from spd.least_squares import Moments, best_ridge, conjugate_gradients
 from spd.model import Block, Context, Transformer
-from spd.permute import permute_neurons
+from spd.permute import permute_heads, permute_neurons
 from spd.plan import DROP, FULL, Plan
 
 HELD_OUT = 10  # one window in so many chooses the ridge
@@ -44,10 +45,12 @@ class Options:
     correct: bool = True
     place: bool = True
     refit: bool = True
-    refit_attention: bool = True  # the output projection too, where that helps
+    refit_attention: bool = True  # the output projection too; without it where it does not help
+    search_heads: bool = True  # where a shard has several key/value groups, in one process
     joint_features: int = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
     sweeps: int = 30  # over the data, where the shards' solutions are reconciled instead
     placement_tokens: int = 16_384  # on which neurons are compared
+    search_tokens: int = 2_048  # on which groupings of heads are compared
 
 
 @dataclass(frozen=True)
@@ -115,31 +118,32 @@ def repair_block(site: Site, data: Calibration, options: Options = Options()) ->
 def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[str, float]]:
     """Takes the steps; yields each one's name and the error after it."""
     block = site.block
+    if options.search_heads and search_heads(site, data, options.search_tokens):
+        yield "heads", output_error(site, data)
     corrections = input_corrections(site, block, data) if options.correct else None
     if options.place:
         place_neurons(site, data, corrections, options.placement_tokens)
-        if corrections is None:
-            yield "place", output_error(site, data)
     original = copy.deepcopy(block)
     if corrections is not None:
         apply_corrections(block, original, corrections)
-        yield "place, correct" if options.place else "correct", output_error(site, data)
+    placed = output_error(site, data)
+    if options.place or options.correct:
+        yield ", ".join(["place"] * options.place + ["correct"] * options.correct), placed
     if not options.refit:
         return
-    unfitted = copy.deepcopy(block.state_dict())
-    refit(site, data, options)
-    yield "refit", (error := output_error(site, data))
     if options.refit_attention:
-        fitted = copy.deepcopy(block.state_dict())
-        block.load_state_dict(unfitted)
+        unfitted = copy.deepcopy(block.state_dict())
         ridge = refit(site, data, options, attention=True)
         if options.correct:  # the shards' inputs have changed
             apply_corrections(block, original, input_corrections(site, original, data))
         refit(site, data, options, ridge=ridge)
-        if (with_attention := output_error(site, data)) < error:
-            yield "refit attention", with_attention
-        else:
-            block.load_state_dict(fitted)
+        error = output_error(site, data)
+        if error < placed:
+            yield "refit with attention", error
+            return
+        block.load_state_dict(unfitted)
+    refit(site, data, options)
+    yield "refit", output_error(site, data)
 
 
 @torch.no_grad()
@@ -244,6 +248,75 @@ def place_neurons(
     shard = balanced_assignment(costs)
     permute_neurons(site.block, torch.from_numpy(np.argsort(shard, kind="stable")), site.shards)
     return float(costs[np.arange(len(shard)), shard].sum())
+
+
+# Grouping heads
+
+
+@torch.no_grad()
+def search_heads(site: Site, data: Calibration, tokens: int = Options.search_tokens) -> int:
+    """Moves key/value groups between shards to where neurons can be placed best; the number of swaps made.
+
+    A local search from the present grouping: two groups of different shards change places while that lowers the cost
+    of the best placement of neurons (`placement_costs`, uncorrected), which therefore judges heads and neurons
+    together. Where every shard has one group nothing is left to search, since neurons follow them anywhere; where
+    heads are spread over processes nothing is searched either.
+    """
+    shards, groups = site.shards, site.config.num_kv_heads
+    if groups <= shards.tp or shards.world > 1 or shards.tp == 1:
+        return 0
+    cost = _grouping_cost(site, data, tokens)
+    order = np.arange(groups).reshape(shards.tp, -1)
+    best, swaps, improved = cost(order), 0, True
+    while improved:
+        improved = False
+        for a, b in itertools.combinations(range(groups), 2):
+            i, j = divmod(a, order.shape[1]), divmod(b, order.shape[1])
+            if i[0] == j[0]:
+                continue
+            candidate = order.copy()
+            candidate[i], candidate[j] = order[j], order[i]
+            if (lower := cost(candidate)) < best * (1 - 1e-6):
+                order, best, swaps, improved = candidate, lower, swaps + 1, True
+    permute_heads(site.block, order.ravel(), shards, site.config)
+    return swaps
+
+
+def _grouping_cost(site: Site, data: Calibration, tokens: int) -> Callable[[np.ndarray], float]:
+    """A function of an order (tp, groups a shard): the summed cost of its best placement of neurons."""
+    block = site.block
+    weight, bias, power = _all_neurons(block, site.shards)
+    parts, streams, held = [], [], 0
+    for x, context in data.sample(tokens):
+        windows = x[: max(1, -(-(tokens - held) // x.shape[1]))]
+        mixed, stream = _attention(block, site, windows, context)
+        parts.append(_group_outputs(block, mixed).flatten(1, 2))
+        streams.append(stream.x.flatten(0, 1))
+        held += len(streams[-1])
+        if held >= tokens:
+            break
+    outputs, x = torch.cat(parts, 1), torch.cat(streams)  # (K, N, D), (N, D)
+    wanted = _activations(block.mlp_norm(x + outputs.sum(0)), weight, bias)
+
+    @cache
+    def column(members: frozenset[int]) -> np.ndarray:
+        seen = block.mlp_norm(x + outputs[sorted(members)].sum(0))
+        error = (_activations(seen, weight, bias) - wanted).float().square().sum(0)
+        return (error.double() * power).cpu().numpy()
+
+    def cost(order: np.ndarray) -> float:
+        costs = np.stack([column(frozenset(shard.tolist())) for shard in order], 1)
+        return float(costs[np.arange(len(costs)), balanced_assignment(costs)].sum())
+
+    return cost
+
+
+def _group_outputs(block: Block, mixed: Tensor) -> Tensor:
+    """What each key/value group adds to the residual stream: (K, B, T, D) of gathered values (S, B, T, h d)."""
+    size = block.attention.g, -1
+    by_group = mixed.unflatten(-1, size).movedim(-2, 1).flatten(0, 1)
+    weight = block.attention.out.weight.unflatten(-1, size).movedim(-2, 1).flatten(0, 1)
+    return torch.einsum("kbti,kdi->kbtd", by_group, weight)
 
 
 # Refitting
