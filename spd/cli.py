@@ -46,6 +46,8 @@ SensitivityPath = Annotated[Path, typer.Argument(help="What 'sensitivity --out' 
 Percentages = Annotated[
     str | None, typer.Option(help="Percentages of blocks to drop, as in 0,25,50; left out: every number of blocks.")
 ]
+Tau1 = Annotated[float, typer.Option(help="ISB up to this sensitivity, SB above; perplexity points.")]
+Tau2 = Annotated[float, typer.Option(help="SB up to this sensitivity, ESB above; perplexity points.")]
 RUNS = Path("runs")
 
 
@@ -134,8 +136,7 @@ def plan(
     context: typer.Context,
     sensitivity: SensitivityPath,
     budget: Annotated[str, typer.Option(help="Blocks to drop, as a number (6) or a percentage (70%).")] = "70%",
-    tau1: Annotated[float, typer.Option(help="ISB up to this sensitivity, SB above; perplexity points.")] = 0.05,
-    tau2: Annotated[float, typer.Option(help="SB up to this sensitivity, ESB above; perplexity points.")] = 10.0,
+    tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
     out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Which blocks drop their attention sync, and what each needs first (the paper's algorithm 1).
@@ -155,26 +156,39 @@ def plan(
 def sweep(
     context: typer.Context, sensitivity: SensitivityPath, model: Model, tp: TP = 1, text: Text = None,
     seq_len: SeqLen = None, windows: Windows = None, skip: Skip = 0, percentages: Percentages = None,
+    strategies: Annotated[
+        str, typer.Option(help="How blocks are repaired, of zs (not at all), b2b, b2b+hg, closed-form, best.")
+    ] = "zs",
+    calibration: Annotated[
+        int, typer.Option(help="Windows to repair on: the first of the text, which --skip must pass over.", min=2)
+    ] = 128,
+    repairs: Annotated[Path, typer.Option(help="Folder of the repairs; a sweep goes on there.")] = Path("repairs"),
+    tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
+    epochs: Annotated[int | None, typer.Option(help="Of the paper's distillation (b2b, b2b+hg).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the paper's distillation.")] = None,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
-    """Perplexity against the percentage of blocks dropped, the least sensitive first, nothing repaired (zero-shot)."""
-    from spd.evaluate import perplexity
+    """Perplexity against the percentage of blocks dropped, the least sensitive first, for ways to repair them.
+
+    The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
+    """
     from spd.planner import plans_by_percentage, read_sensitivity
+    from spd.strategies import ZERO_SHOT, Repairs, curve, parse_strategies
 
     with _session(context) as session:
+        names, wanted = parse_strategies(strategies), _numbers(percentages)
         loaded = session.load()
-        measured = read_sensitivity(sensitivity, loaded.fingerprint, tp)
-        plans = plans_by_percentage(measured["sensitivity"], _numbers(percentages))
-        data = session.windows(loaded)
-        curve = []
-        with session.progress(len(plans) * len(data.tokens), "windows") as done:
-            for blocks, loaded.plan in plans.items():
-                scores = perplexity(loaded.transformer, data.tokens, done)
-                percent = 100 * blocks / loaded.config.num_blocks
-                curve.append({"blocks": blocks, "percent": percent, "perplexity": scores["perplexity"],
-                              "nats": scores["nats"], "plan": str(loaded.plan), "strategy": "zs"})  # fmt: skip
-        result = {"curve": curve, "tokens": scores["tokens"], "windows": scores["windows"]}
+        measured = read_sensitivity(sensitivity, loaded.fingerprint, tp)["sensitivity"]
+        data, prepared = session.windows(loaded), None
+        if names != [ZERO_SHOT]:
+            learnt = session.calibration(loaded, calibration).tokens
+            prepared = Repairs(learnt, repairs, tau1, tau2, epochs, learning_rate, session.runtime.leads)
+        total = len(names) * len(plans_by_percentage(measured, wanted))
+        with session.progress(total, "points") as done:
+            points = curve(session.load, measured, names, wanted, data.tokens, prepared, done)
+        predictions = data.tokens.shape[0] * (data.tokens.shape[1] - 1)
+        result = {"curve": points, "tokens": predictions, "windows": len(data.tokens)}
         session.publish(result, loaded.describe(), tp, data.describe())
 
 

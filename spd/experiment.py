@@ -39,6 +39,12 @@ class EvaluationSection(_Section):
     windows: int | None = Field(None, ge=1)
     skip: int | None = Field(None, ge=0)
     percentages: str | None = Field(None, description="of blocks dropped, as `0,25,50`; left out: every number")
+    strategies: str | None = Field(None, description="as `zs,b2b,b2b+hg,closed-form,best`")
+    calibration: int | None = Field(None, ge=2, description="windows to repair on")
+    tau1: float | None = None
+    tau2: float | None = None
+    epochs: int | None = Field(None, ge=0, description="of the paper's distillation")
+    learning_rate: float | None = Field(None, gt=0)
 
 
 class BenchSection(_Section):

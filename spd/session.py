@@ -47,13 +47,24 @@ class Session:
             o.model, shards=shards, dtype=getattr(o, "dtype", "float32"), device=self.runtime.device
         )
 
-    def windows(self, model: SPDModel) -> Windows:
+    def calibration(self, model: SPDModel, windows: int) -> Windows:
+        """The first `windows` of the text, for repairs; the command's own windows must come after them."""
+        if self.options.skip < windows:
+            raise SPDError(
+                f"Calibration and evaluation overlap; --calibration {windows} needs --skip {windows} or more."
+            )
+        return self.windows(model, windows, 0)
+
+    def windows(self, model: SPDModel, windows: int | None = None, skip: int | None = None) -> Windows:
+        """Those of the options, or others of the same text."""
         o = self.options
         if o.text is None:
             raise SPDError("No text was given: --text FILE, 'builtin' or 'builtin-train'.")
         positions = model.config.max_positions
         seq_len = o.seq_len or min(positions, LONGEST_DEFAULT)
-        found = read_windows(o.text, model.tokenizer, seq_len, o.windows, o.skip, positions)
+        found = read_windows(
+            o.text, model.tokenizer, seq_len, windows or o.windows, o.skip if skip is None else skip, positions
+        )
         if found.note and self.runtime.leads:
             say(f"warning: {found.note}")
         return found
