@@ -46,7 +46,7 @@ class Options:
     place: bool = True
     refit: bool = True
     refit_attention: bool = True  # the output projection too; without it where it does not help
-    search_heads: bool = True  # where a shard has several key/value groups, in one process
+    search_heads: bool = False  # where a shard has several key/value groups; slow, and gains little once corrected
     joint_features: int = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
     sweeps: int = 30  # over the data, where the shards' solutions are reconciled instead
     placement_tokens: int = 16_384  # on which neurons are compared
