@@ -15,7 +15,7 @@ Everything here needs the MLP's sync to stay `full`. Shapes as in `model.py`; F 
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -51,38 +51,7 @@ class Options:
     sweeps: int = 30  # over the data, where the shards' solutions are reconciled instead
     placement_tokens: int = 16_384  # on which neurons are compared
     search_tokens: int = 2_048  # on which groupings of heads are compared
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What one block reads and should give, batch by batch; gone through several times, in the same order.
-
-    `inputs` are the residual streams (B, T, D) that enter the block in the student, nothing pending; `targets`
-    (B, T, D) what the teacher's block gave for the same tokens. `context` makes a batch's `Context`
-    (`Transformer.context`).
-    """
-
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    context: Callable[[Stream], Context]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Context]]:
-        for x, target in zip(self.inputs, self.targets, strict=True):
-            yield x, target, self.context(Stream(x))
-
-    def split(self) -> Iterator[tuple[Tensor, Tensor, Context, Tensor]]:
-        """As iterating, and which of the batch's windows (B,) are held out."""
-        seen = 0
-        for x, target, context in self:
-            held_out = torch.arange(seen, seen + len(x)) % HELD_OUT == HELD_OUT - 1
-            seen += len(x)
-            yield x, target, context, held_out
-
-    def sample(self, tokens: int) -> Iterator[tuple[Tensor, Context]]:
-        """Inputs of every n-th batch, at least about `tokens` in all if there are so many."""
-        total = sum(x.shape[0] * x.shape[1] for x in self.inputs)
-        for x in itertools.islice(self.inputs, 0, None, max(1, total // tokens)):
-            yield x, self.context(Stream(x))
+    remember_heads: bool = True  # keep what the heads gather: a third activation stream, a third of the time
 
 
 @dataclass(frozen=True)
@@ -93,6 +62,51 @@ class Site:
     index: int
     shards: Shards
     config: ModelConfig
+
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        """What the hosted heads gather from inputs (B, T, D): (S, B, T, h d)."""
+        return self.block.attention.mix(self.block.attention_norm(x[None]), context, self.index)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows that enter a block (B, T, D), their targets (B, T, D) and what the heads gather (S, B, T, h d)."""
+
+    x: Tensor
+    target: Tensor
+    mixed: Tensor
+    held_out: Tensor  # (B,), True for windows that choose ridges
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one block reads and should give, batch by batch; gone through several times, in the same order.
+
+    `inputs` are the residual streams (B, T, D) that enter the block in the student, nothing pending; `targets`
+    (B, T, D) what the teacher's block gave for the same tokens. `context` makes a batch's `Context`
+    (`Transformer.context`). `mixed` keeps what the heads gather, which costs as much memory as the inputs and saves
+    running the attention in every pass.
+    """
+
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    context: Callable[[Stream], Context]
+    mixed: Sequence[Tensor] | None = None
+
+    def batches(self, site: Site, tokens: int | None = None) -> Iterator[Batch]:
+        """All batches, or every n-th so that they hold at least about `tokens` tokens, if there are so many."""
+        total = sum(x.shape[0] * x.shape[1] for x in self.inputs)
+        every, seen = max(1, total // tokens) if tokens else 1, 0
+        for number, (x, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
+            held_out = torch.arange(seen, seen + len(x)) % HELD_OUT == HELD_OUT - 1
+            seen += len(x)
+            if number % every == 0:
+                mixed = site.mix(x, self.context(Stream(x))) if self.mixed is None else self.mixed[number]
+                yield Batch(x, target, mixed, held_out)
+
+    def remember_heads(self, site: Site) -> "Calibration":
+        """The same with what the heads gather computed once; valid while neither they nor their input change."""
+        return replace(self, mixed=[batch.mixed for batch in self.batches(site)])
 
 
 @torch.no_grad()
@@ -120,6 +134,8 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
     block = site.block
     if options.search_heads and search_heads(site, data, options.search_tokens):
         yield "heads", output_error(site, data)
+    if options.remember_heads:
+        data = data.remember_heads(site)
     corrections = input_corrections(site, block, data) if options.correct else None
     if options.place:
         place_neurons(site, data, corrections, options.placement_tokens)
@@ -150,10 +166,10 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
 def output_error(site: Site, data: Calibration) -> float:
     """Mean squared error of the dropped block's output."""
     total = count = 0
-    for x, target, context in data:
-        out = site.block(Stream(x), DROPPED, site.shards, context, site.index).x
-        total += (target - out).double().square().sum().item()
-        count += out.numel()
+    for batch in data.batches(site):
+        missing = _missing(site, batch, _features(site, batch)[1])
+        total += missing.double().square().sum().item()
+        count += missing.numel()
     return total / count
 
 
@@ -162,10 +178,22 @@ def _all_reduced(site: Site, y: Tensor) -> Tensor:
     return site.shards.all_reduce(y.sum(0), POINT)
 
 
-def _attention(block: Block, site: Site, x: Tensor, context: Context) -> tuple[Tensor, Stream]:
-    """What the hosted heads gather (S, B, T, h d), and the stream with their outputs pending."""
-    mixed = block.attention.mix(block.attention_norm(x[None]), context, site.index)
-    return mixed, Stream(x).produce(block.attention.out(mixed), block.attention.out.bias)
+def _attended(block: Block, batch: Batch) -> Stream:
+    """The stream with the attention's outputs pending."""
+    return Stream(batch.x).produce(block.attention.out(batch.mixed), block.attention.out.bias)
+
+
+def _features(site: Site, batch: Batch, attention: bool = False) -> tuple[Tensor, Stream]:
+    """Inputs (S, B, T, p) of the hosted projections to fit, and the dropped block's stream with all outputs pending."""
+    stream, mlp = _attended(site.block, batch), site.block.mlp
+    activations = mlp.activations(site.block.mlp_norm(stream.read()))
+    stream = stream.produce(mlp.down(activations), mlp.down.bias)
+    return torch.cat((activations, batch.mixed), -1) if attention else activations, stream
+
+
+def _missing(site: Site, batch: Batch, stream: Stream) -> Tensor:
+    """What the block's output (B, T, D) lacks of its target."""
+    return batch.target - stream.x - _all_reduced(site, stream.pending)
 
 
 # Correcting
@@ -181,11 +209,11 @@ def input_corrections(site: Site, original: Block, data: Calibration) -> Tensor:
     """
     shards, width = site.shards.k, site.config.hidden_size
     moments = [Moments(shards, width, width, original.mlp_norm.weight.device) for _ in range(2)]
-    for x, _, context, held_out in data.split():
-        mixed, stream = _attention(original, site, x, context)
+    for batch in data.batches(site):
+        stream = _attended(original, batch)
         wanted = original.mlp_norm(stream.x + _all_reduced(site, stream.pending))
-        seen = site.block.mlp_norm(stream.x + site.block.attention.out(mixed))
-        for moment, windows in zip(moments, (~held_out, held_out), strict=True):
+        seen = site.block.mlp_norm(_attended(site.block, batch).read())
+        for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
             moment.add(seen[:, windows], (wanted - seen)[:, windows])
     change = (moments[0] + moments[1]).solve(best_ridge(*moments))
     return torch.eye(width, dtype=torch.double, device=change.device) + change
@@ -212,9 +240,9 @@ def placement_costs(site: Site, data: Calibration, corrections: Tensor | None, t
     block, shards = site.block, site.shards
     weight, bias, power = _all_neurons(block, shards)
     costs = torch.zeros(shards.k, weight.shape[1], dtype=torch.double, device=weight.device)
-    for x, context in data.sample(tokens):
-        _, stream = _attention(block, site, x, context)
-        wanted = _activations(block.mlp_norm(stream.x + _all_reduced(site, stream.pending.clone())), weight, bias)
+    for batch in data.batches(site, tokens):
+        stream = _attended(block, batch)
+        wanted = _activations(block.mlp_norm(stream.x + _all_reduced(site, stream.pending)), weight, bias)
         for shard, pending in enumerate(stream.pending):
             seen = block.mlp_norm(stream.x + pending)
             if corrections is not None:
@@ -287,11 +315,10 @@ def _grouping_cost(site: Site, data: Calibration, tokens: int) -> Callable[[np.n
     block = site.block
     weight, bias, power = _all_neurons(block, site.shards)
     parts, streams, held = [], [], 0
-    for x, context in data.sample(tokens):
-        windows = x[: max(1, -(-(tokens - held) // x.shape[1]))]
-        mixed, stream = _attention(block, site, windows, context)
-        parts.append(_group_outputs(block, mixed).flatten(1, 2))
-        streams.append(stream.x.flatten(0, 1))
+    for batch in data.batches(site, tokens):
+        windows = -(-(tokens - held) // batch.x.shape[1])
+        parts.append(_group_outputs(block, batch.mixed[:, :windows]).flatten(1, 2))
+        streams.append(_attended(block, batch).x[:windows].flatten(0, 1))
         held += len(streams[-1])
         if held >= tokens:
             break
@@ -348,36 +375,20 @@ def refit(
     return ridge
 
 
-def _features(site: Site, x: Tensor, context: Context, attention: bool) -> tuple[Tensor, Stream]:
-    """Inputs (S, B, T, p) of the hosted projections to fit, and the stream with all their outputs pending."""
-    mixed, stream = _attention(site.block, site, x, context)
-    activations = site.block.mlp.activations(site.block.mlp_norm(stream.read()))
-    stream = stream.produce(site.block.mlp.down(activations), site.block.mlp.down.bias)
-    return torch.cat((activations, mixed), -1) if attention else activations, stream
-
-
 def _feature_count(site: Site, attention: bool) -> int:
     mlp, out = site.block.mlp.down.weight, site.block.attention.out.weight
     return mlp.shape[2] + (out.shape[2] if attention else 0)
-
-
-def _missing(
-    site: Site, data: Calibration, attention: bool
-) -> Iterator[tuple[Tensor, Tensor, tuple[tuple[int, Tensor], ...]]]:
-    """Features (S, B, T, p), what the block's output misses (B, T, D), and windows to fit (0) and to hold out (1)."""
-    for x, target, context, held_out in data.split():
-        features, stream = _features(site, x, context, attention)
-        yield features, target - stream.x - _all_reduced(site, stream.pending), ((0, ~held_out), (1, held_out))
 
 
 def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Tensor, float]:
     """Changes (S, D, p) of the projections from one Gram matrix of all S p features, and their ridge."""
     shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
     moments = [Moments(1, shards * count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
-    for features, missing, parts in _missing(site, data, attention):
-        features = features.movedim(0, -2).flatten(-2)  # (B, T, S p)
-        for part, windows in parts:
-            moments[part].add(features[None, windows], missing[None, windows])
+    for batch in data.batches(site):
+        features, stream = _features(site, batch, attention)
+        missing, features = _missing(site, batch, stream), features.movedim(0, -2).flatten(-2)  # (B, T, S p)
+        for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
+            moment.add(features[None, windows], missing[None, windows])
     ridge = best_ridge(*moments).item() if ridge is None else ridge
     return (moments[0] + moments[1]).solve(ridge)[0].unflatten(1, (shards, count)).movedim(1, 0), ridge
 
@@ -391,17 +402,19 @@ def _refit_sweeps(
     """
     shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
     moments = [Moments(shards, count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
-    for features, missing, parts in _missing(site, data, attention):
-        for part, windows in parts:
-            moments[part].add(features[:, windows], missing[windows].expand(shards, -1, -1, -1))
+    for batch in data.batches(site):
+        features, stream = _features(site, batch, attention)
+        missing = _missing(site, batch, stream).expand(shards, -1, -1, -1)
+        for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
+            moment.add(features[:, windows], missing[:, windows])
 
     def total(errors: Tensor) -> Tensor:
         return site.shards.all_reduce(errors.sum(1, keepdim=True), POINT)
 
     def apply(coefficients: Tensor) -> Tensor:
         cross = torch.zeros_like(coefficients)
-        for x, _, context in data:
-            features = _features(site, x, context, attention)[0].float().flatten(1, 2)
+        for batch in data.batches(site):
+            features = _features(site, batch, attention)[0].float().flatten(1, 2)
             prediction = site.shards.all_reduce((features @ coefficients.mT.float()).sum(0), POINT)
             cross += prediction.mT @ features
         return cross
@@ -427,7 +440,7 @@ def repair_model(
     """Repairs the blocks which `plan` drops, in order, each on what the blocks before it give now; sets the plan.
 
     The targets are the outputs of the model as it came, undropped. Two residual streams of the calibration windows
-    (W, T) are held, and one block's copy.
+    (W, T) are held, what one block's heads gather from them (`remember_heads`), and copies of one block.
 
     Returns:
         `repair_block`'s report and the number of every dropped block; `progress` gets the same as they come.
