@@ -10,7 +10,7 @@ from torch import Tensor
 from spd.comm import Stream
 from spd.model import Transformer
 
-TOKENS_AT_ONCE = 4096  # in one forward pass
+TOKENS_AT_ONCE = 1024  # in a forward pass: a small model's stay in cache, and one window of a large model's fills a GPU
 Progress = Callable[[int], None]  # told how many units of work were done
 
 
