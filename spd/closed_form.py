@@ -14,6 +14,7 @@ Everything here needs the MLP's sync to stay `full`. Shapes as in `model.py`; F 
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -120,8 +121,9 @@ def repair_block(site: Site, data: Calibration, options: Options = Options()) ->
         `steps` (name and error after it of every step taken) and `kept` (False: undone).
     """
     saved = copy.deepcopy(site.block.state_dict())
-    before = output_error(site, data)
-    steps = dict(_steps(site, data, options))
+    before, steps = output_error(site, data), {}
+    if math.isfinite(before):
+        steps = dict(_steps(site, data, options))
     after = next(reversed(steps.values()), before)
     kept = after <= before  # False for NaN
     if not kept:

@@ -232,6 +232,14 @@ def test_a_repair_that_ends_worse_or_not_finite_is_undone(monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in site.block.state_dict().items())
 
 
+def test_a_block_whose_output_is_not_finite_is_left_alone():
+    site, data = _first_block(_model())
+    data.inputs[0][0, 0, 0] = torch.inf
+    before = _copy(site.block)
+    assert not repair_block(site, data)["kept"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in site.block.state_dict().items())
+
+
 def test_only_dropped_blocks_change():
     model = _model()
     before = [_copy(block) for block in model.blocks]
