@@ -1,9 +1,10 @@
 """Measured latency: time to first token (TTFT) and time per output token (TPOT), one shard a process.
 
-Plans are compared in one run, interleaved: every repetition times each plan once, so that drift of the machine
-meets all of them alike. Three bounds are always measured beside them.
+Plans are compared in one run, interleaved: every repetition times each plan once, in an order of its own, so that
+drift of the machine, and what a plan leaves behind for the next, meet all of them alike. Three bounds are always measured beside them.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -68,10 +69,14 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
     blocks = model.config.num_blocks
     plans = [Plan.from_letters(letters) for letters in settings.plans]
     bounds = [Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks)), Plan.full(blocks)]
-    cases = [(plan, False) for plan in plans] + list(zip(bounds, (False, False, True), strict=True))
+    bounds = list(zip(bounds, (False, False, True), strict=True))
+    cases = list(dict.fromkeys([(plan, False) for plan in plans] + bounds))  # a plan that is a bound is timed once
     samples = _interleaved(model, cases, settings, progress)
-    rows = [_row(plan, silent, taken) for (plan, silent), taken in zip(cases, samples, strict=True)]
-    return {"plans": rows[: len(plans)], "bounds": dict(zip(BOUNDS, rows[len(plans) :], strict=True))}
+    rows = {case: _row(*case, taken) for case, taken in zip(cases, samples, strict=True)}
+    return {
+        "plans": [rows[plan, False] for plan in plans],
+        "bounds": {name: rows[case] for name, case in zip(BOUNDS, bounds, strict=True)},
+    }
 
 
 def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDModel:
@@ -97,8 +102,10 @@ def _interleaved(model: Transformer, cases: list, settings: BenchSettings, progr
     prompt = torch.randint(model.config.vocab_size, size, generator=generator).to(model.embedding.weight.device)
     cache = model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
     samples = [[] for _ in cases]
+    shuffled = random.Random(settings.seed)  # the same order on every process
     for repeat in range(settings.warmup + settings.repeats):
-        for i, (plan, silent) in enumerate(cases):
+        for i in shuffled.sample(range(len(cases)), len(cases)):
+            plan, silent = cases[i]
             model.plan, model.shards.silent = plan, silent
             taken = _once(model, prompt, cache, settings.new_tokens)
             if repeat >= settings.warmup:
@@ -230,6 +237,6 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
 
 def with_bar(runtime: Runtime, settings: BenchSettings) -> dict:
     """`bench`, showing progress on the process that leads."""
-    total = (settings.repeats + settings.warmup) * (len(settings.plans) + len(BOUNDS))
+    total = (settings.repeats + settings.warmup) * (len(settings.plans) + len(BOUNDS))  # or less: some are both
     with bar(total, "timings", shown=runtime.leads) as done:
         return bench(runtime, settings, done)
