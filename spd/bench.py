@@ -1,7 +1,8 @@
 """Measured latency: time to first token (TTFT) and time per output token (TPOT), one shard a process.
 
 Plans are compared in one run, interleaved: every repetition times each plan once, in an order of its own, so that
-drift of the machine, and what a plan leaves behind for the next, meet all of them alike. Three bounds are always measured beside them.
+drift of the machine, and what a plan leaves behind for the next, meet all of them alike. Three bounds are always
+measured beside them.
 """
 
 import random

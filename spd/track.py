@@ -74,7 +74,7 @@ def make_record(
         "schema": SCHEMA,
         "id": f"{started:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
         "command": command,
-        "argv": list(sys.argv if argv is None else argv),
+        "argv": ["spd", *sys.argv[1:]] if argv is None else list(argv),
         "config": json.loads(json.dumps(dict(config), default=str)),  # paths, also in lists, as text
         "model": None if model is None else dict(model),
         "tp": tp,
