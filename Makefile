@@ -93,6 +93,7 @@ $(RUN)/asked: FORCE  # changes when another model, text or degree is asked for u
 
 $(RUN)/sensitivity.json: $(RUN)/asked $(EXPERIMENT) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READY)
 	@echo "1/4 sensitivity of every block" >&2
+	@rm -rf $(RUN)/repairs  # of another model, text or experiment
 	$(SPD) sensitivity $(STAGE) $(ON) --out $@ >/dev/null
 
 $(RUN)/plan.json: $(RUN)/sensitivity.json
@@ -101,7 +102,7 @@ $(RUN)/plan.json: $(RUN)/sensitivity.json
 
 $(RUN)/sweep.json: $(RUN)/sensitivity.json
 	@echo "3/4 perplexity against the percentage of blocks dropped" >&2
-	$(SPD) sweep $< $(STAGE) $(ON) --out $@ >/dev/null
+	$(SPD) sweep $< $(STAGE) $(ON) --repairs $(RUN)/repairs --out $@ >/dev/null
 
 $(RUN)/bench.json: $(RUN)/sensitivity.json
 	@echo "4/4 time to first token on real processes" >&2
