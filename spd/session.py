@@ -15,7 +15,6 @@ from spd.plan import Plan, parse_blocks, read_plan_document
 from spd.pretrained import SPDModel
 from spd.progress import bar
 
-PLAN_AND_DROP = "--plan already says what is dropped; leave out --drop and --drop-mlp."
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
 
 
@@ -76,8 +75,7 @@ class Session:
             return Plan.dropping(
                 blocks, parse_blocks(o.drop or "none", blocks), parse_blocks(o.drop_mlp or "none", blocks)
             )
-        if getattr(o, "drop", None) is not None or getattr(o, "drop_mlp", None) is not None:
-            raise SPDError(PLAN_AND_DROP)
+        self._refuse_plan_and_drop()
         model.load_plan(o.plan)
         return model.plan
 
@@ -85,9 +83,13 @@ class Session:
         """The content of `--plan` (policies, perhaps classes), or the policies of `--drop` and `--drop-mlp`."""
         if self.options.plan is None:
             return {"policies": self.plan(model).policies()}
-        if self.options.drop is not None or self.options.drop_mlp is not None:
-            raise SPDError(PLAN_AND_DROP)
+        self._refuse_plan_and_drop()
         return read_plan_document(self.options.plan, model.fingerprint, model.tp, model.config.num_blocks)
+
+    def _refuse_plan_and_drop(self) -> None:
+        """Of a command with `--plan` given; not every one has `--drop`."""
+        if any(getattr(self.options, name, None) is not None for name in ("drop", "drop_mlp")):
+            raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
 
     def progress(self, total: int, unit: str):
         return bar(total, unit, shown=self.runtime.leads)
