@@ -203,7 +203,7 @@ class _Run:
         note = self._kept_block(i) | {"treatment": ", ".join((*actions, "drop")), "loss_before": loss()}
         try:
             for action in actions:
-                self._act(action, i, inputs, targets, note)
+                self._act(action, i, inputs, targets, note, before)
             note["loss_after"] = loss()
         except Diverged:
             note["note"] = f"the loss became non-finite; kept {KEPT}"
@@ -215,13 +215,17 @@ class _Run:
             note["loss_after"] = note["loss_before"]
         return note
 
-    def _act(self, action: str, i: int, inputs: Activations, targets: Activations, note: dict) -> None:
+    def _act(
+        self, action: str, i: int, inputs: Activations, targets: Activations, note: dict, before: dict[str, Tensor]
+    ) -> None:
         seed = self.options.seed + 1000 * (i + 1)
         if action == CLOSED_FORM:
             site = Site(self.transformer.blocks[i], i, self.transformer.shards, self.model.config)
             windows = range(self.kept)  # the model's own text would double the time for little
             streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
-            note["closed_form"] = repair_block(site, Calibration(*streams, self.transformer.context))["steps"]
+            calibration = Calibration(*streams, self.transformer.context)
+            saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
+            note["closed_form"] = repair_block(site, calibration, saved=saved)["steps"]
         elif action == GROUP:
             passes = Passes(inputs, self.transformer, range(self.trained))
             block, shards = self.transformer.blocks[i], self.transformer.shards
