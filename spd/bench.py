@@ -204,13 +204,14 @@ def plans_to_time(
 def _describe(model: str | None, shape: str | None) -> tuple[ModelConfig, dict]:
     if shape is not None:
         config, name, fingerprint = named_shape(shape), f"{shape} (random weights)", f"random-{shape}"
+        folder = None
     else:
         folder = resolve(model)
         config, name = ModelConfig.from_folder(folder), display_name(model)
         weights = SafetensorsFolder(folder)
         weights.validate(config)
         fingerprint = weights.fingerprint(config)
-    return config, describe(config, name, fingerprint)
+    return config, describe(config, name, fingerprint, folder)
 
 
 def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:

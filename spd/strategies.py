@@ -71,16 +71,20 @@ def curve(
             percent = 100 * blocks / len(sensitivity)
             points.append({"strategy": strategy, "blocks": blocks, "percent": percent, "plan": str(model.plan),
                            "perplexity": scores["perplexity"], "nats": scores["nats"]})  # fmt: skip
+            del model  # before the next one is read, lest there be two in memory
             progress(1)
     return points
 
 
 def _models(load, strategy: str, plans: dict, sensitivity: list[float], repairs) -> Iterator[tuple[int, SPDModel]]:
     """(blocks dropped, the model repaired for them), one after the other."""
-    model = load()
+    model = None
     for blocks, plan in plans.items():
-        if strategy != ZERO_SHOT and blocks:
+        repaired = strategy != ZERO_SHOT and blocks
+        if model is None or repaired:
+            model = None
             model = load()
+        if repaired:
             _repair(model, strategy, blocks, sensitivity, repairs)
         model.plan = plan
         yield blocks, model

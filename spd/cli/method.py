@@ -126,16 +126,17 @@ def sweep(
         names, wanted = parse_strategies(strategies), numbers(percentages)
         loaded = session.load()
         measured = read_sensitivity(sensitivity, loaded.fingerprint, tp)["sensitivity"]
-        data, prepared = session.windows(loaded), None
+        data, described, prepared = session.windows(loaded), loaded.describe(), None
         if names != [ZERO_SHOT]:
             learnt = session.calibration(loaded, calibration).tokens
             prepared = Repairs(learnt, repairs, tau1, tau2, epochs, learning_rate, session.runtime.leads)
+        del loaded  # the curve loads it afresh for each repair, and two do not fit where one hardly does
         total = len(names) * len(plans_by_percentage(measured, wanted))
         with session.progress(total, "points") as done:
             points = curve(session.load, measured, names, wanted, data.tokens, prepared, done)
         predictions = data.tokens.shape[0] * (data.tokens.shape[1] - 1)
         result = {"curve": points, "tokens": predictions, "windows": len(data.tokens)}
-        session.publish(result, loaded.describe(), tp, data.describe())
+        session.publish(result, described, tp, data.describe())
 
 
 @app.command()
