@@ -79,7 +79,7 @@ def distill(
     plan = Plan.from_policies(document["policies"])
     if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
         raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
-    arguments = _arguments(model, tokens, document, options)
+    arguments = arguments_of(model, tokens, document, options)
     workspace = Workspace(folder, arguments, leads, model.transformer.shards)
     if workspace.result is not None:
         return workspace.result
@@ -91,7 +91,7 @@ def distill(
     return result
 
 
-def _arguments(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
+def arguments_of(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
     """What makes two runs the same."""
     data = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
     same = {"model": model.fingerprint, "tp": model.tp, "data": data, "policies": document["policies"]}

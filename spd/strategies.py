@@ -1,17 +1,21 @@
 """Perplexity against the percentage of blocks dropped, for several ways to repair them (figure 7's upper panels)."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from spd.distill import distill
+from spd.distill import arguments_of, distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
+from spd.plan import Plan
 from spd.planner import make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
 from spd.recipes import Options
+from spd.repaired import CHANGED, RESULT, load_changed
 
 ZERO_SHOT = "zs"
 # Strategy -> recipe and, of the paper's, how far algorithm 1 is followed.
@@ -26,7 +30,11 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class Repairs:
-    """How the dropped blocks of each plan are repaired, and where repairs are kept (a stopped sweep goes on there)."""
+    """How the dropped blocks of each plan are repaired, and where repairs are kept.
+
+    A stopped sweep goes on there, and one with other numbers finds what it shares with the last; each repair has a
+    folder of its own, named by strategy, blocks and all that it depends on.
+    """
 
     calibration: Tensor  # windows (W, T)
     folder: Path
@@ -80,20 +88,36 @@ def _models(load, strategy: str, plans: dict, sensitivity: list[float], repairs)
     """(blocks dropped, the model repaired for them), one after the other."""
     model = None
     for blocks, plan in plans.items():
-        repaired = strategy != ZERO_SHOT and blocks
-        if model is None or repaired:
+        if strategy != ZERO_SHOT and blocks:
             model = None
+            model = _repaired(load, strategy, plan, sensitivity, repairs)
+        elif model is None:
             model = load()
-        if repaired:
-            _repair(model, strategy, blocks, sensitivity, repairs)
         model.plan = plan
         yield blocks, model
 
 
-def _repair(model: SPDModel, strategy: str, blocks: int, sensitivity: list[float], repairs: Repairs) -> None:
+def _repaired(load, strategy: str, plan: Plan, sensitivity: list[float], repairs: Repairs) -> SPDModel:
+    """A model repaired for a plan, now or by an earlier run.
+
+    A repair on the teacher's hidden states does not depend on which other blocks drop: one of all blocks serves every
+    plan, which takes its blocks from it.
+    """
     recipe, extent = STRATEGIES[strategy]
     given = {"epochs": repairs.epochs, "learning_rate": repairs.learning_rate} if recipe == "paper" else {}
     options = Options.of(recipe, extent, **given)
+    blocks = len(plan.dropped()) if options.students_inputs else len(plan)
     document = make_plan(sensitivity, str(blocks), repairs.tau1, repairs.tau2)
-    distill(model, repairs.calibration, document, options, repairs.folder / f"{strategy}-{blocks}", repairs.leads)
-    model.load_plan(repairs.folder / f"{strategy}-{blocks}")  # also where an earlier run had finished it
+    model = load()
+    same = json.dumps(arguments_of(model, repairs.calibration, document, options), sort_keys=True)
+    folder = repairs.folder / f"{strategy}-{blocks}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+    if not (folder / RESULT).exists():
+        distill(model, repairs.calibration, document, options, folder, repairs.leads)
+        model.transformer.shards.align()  # the folder is whole before anyone reads it
+        if blocks == len(plan.dropped()):
+            return model
+        model = None
+        model = load()
+    if (folder / CHANGED).exists():
+        load_changed(model.transformer, folder / CHANGED, plan.dropped())
+    return model

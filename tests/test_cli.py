@@ -256,7 +256,8 @@ def test_as_a_program(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 1 and run.stdout == ""
-    assert run.stderr.strip() == "There is no text nowhere.txt; give a file, 'builtin' or 'builtin-train'."
+    assert run.stderr.startswith("There is no text nowhere.txt; give a file or one of builtin, builtin-train, wiki")
+    assert len(run.stderr.splitlines()) == 1
 
 
 def test_distill_eval_generate_export(spd, common, plain, tmp_path):
@@ -318,7 +319,7 @@ def test_sweep_of_strategies(spd, common):
     curve = {(p["strategy"], p["blocks"]): p["perplexity"] for p in result["curve"]}
     assert len({curve[name, 0] for name in ("zs", "b2b", "closed-form")}) == 1
     assert len({curve[name, 3] for name in ("zs", "b2b", "closed-form")}) > 1  # a repair that ends worse is undone
-    assert {path.name for path in Path("repairs").iterdir()} == {"b2b-3", "closed-form-3"}
+    assert sorted(path.name[:-9] for path in Path("repairs").iterdir()) == ["b2b-3", "closed-form-3"]
     assert spd("sweep", "s.json", *common, *options)[1]["curve"] == result["curve"]
     code, _, err = spd(
         "sweep", "s.json", *common, *options[:-8], "--skip", 5, "--strategies", "b2b", "--calibration", 9

@@ -108,6 +108,9 @@ def sweep(
     calibration: Annotated[
         int, typer.Option(help="Windows to repair on: the first of the text, which --skip must pass over.", min=2)
     ] = 128,
+    calibration_text: Annotated[
+        str | None, typer.Option(help="Text to repair on, where not the one measured on.", metavar="FILE|NAME")
+    ] = None,
     repairs: Annotated[Path, typer.Option(help="Folder of the repairs; a sweep goes on there.")] = Path("repairs"),
     tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
     epochs: Annotated[int | None, typer.Option(help="Of the paper's distillation (b2b, b2b+hg).")] = None,
@@ -128,7 +131,7 @@ def sweep(
         measured = read_sensitivity(sensitivity, loaded.fingerprint, tp)["sensitivity"]
         data, described, prepared = session.windows(loaded), loaded.describe(), None
         if names != [ZERO_SHOT]:
-            learnt = session.calibration(loaded, calibration).tokens
+            learnt = session.calibration(loaded, calibration, calibration_text).tokens
             prepared = Repairs(learnt, repairs, tau1, tau2, epochs, learning_rate, session.runtime.leads)
         del loaded  # the curve loads it afresh for each repair, and two do not fit where one hardly does
         total = len(names) * len(plans_by_percentage(measured, wanted))

@@ -11,7 +11,10 @@ Model = Annotated[str, typer.Option(help="Hugging Face LLaMA folder, 'spd-tiny',
 TP = Annotated[int, typer.Option(help="Logical tensor-parallel degree; it fixes the numbers, processes do not.", min=1)]
 Text = Annotated[
     str | None,
-    typer.Option(help="Text file, 'builtin' (spd-tiny's held-out text) or 'builtin-train'.", metavar="FILE|builtin"),
+    typer.Option(
+        help="Text file, 'builtin' (spd-tiny's held-out text), 'builtin-train', 'wikitext2-train' or 'wikitext2-test'.",
+        metavar="FILE|NAME",
+    ),
 ]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a window; left out: the model's positions, at most 2048.")]
 Windows = Annotated[int | None, typer.Option(help="Use the first N windows; left out: all.")]
