@@ -83,9 +83,9 @@ EXPERIMENT := experiments/tiny.yaml
 NAME := $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL))),spd-tiny)$(if $(TP),-tp$(TP))
 RUN = runs/reproduce-$(NAME)
 FIGURES = paper_figures/$(NAME)
-NPROC := 1
-NNODES := 1
-NODE_RANK := 0
+NPROC ?= 1
+NNODES ?= 1
+NODE_RANK ?= 0
 WORLD := $(shell expr $(NPROC) '*' $(NNODES))
 LOW_BANDWIDTH := NCCL_P2P_DISABLE=1  # between GPUs of a node, as the paper's LBW has it
 
@@ -94,7 +94,8 @@ STAGE = $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVICE)) $(T
 ON = $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)")
 # On one text of the user's, evaluation is on the windows after those of calibration.
 APART = $(if $(DEVICE),$(if $(TEXT),--calibration-text "$(TEXT)" $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)",--skip 128)))
-TASKS = $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
+SWEEP = $(APART) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT)) \
+  $(if $(STRATEGIES),--strategies $(STRATEGIES))
 # Latency is measured on one GPU a shard, over direct links and without them, or on this machine's cores.
 BENCHES = $(if $(DEVICE),$(if $(filter cuda-$(TP),$(DEVICE)-$(WORLD)),bench-hbw bench-lbw),bench)
 
@@ -115,9 +116,12 @@ REDONE = $(if $(DRY_RUN),FORCE)
 
 reproduce-tiny: $(FIGURES)/tables.md  ## Sensitivity, plan, perplexity, latency, figures
 
-# Each degree is a make of its own: $(call paper,EXPERIMENT,DEGREES,PROCESSES)
+# Each degree is a make of its own: $(call paper,EXPERIMENT,DEGREES,PROCESSES A NODE where NPROC does not say); never more
+# processes than shards.
+per_node = $(shell n=$(if $(filter file,$(origin NPROC)),$(2),$(NPROC)); m=$$(expr $(1) / $(NNODES)); \
+  if [ $$n -lt $$m ]; then echo $$n; else echo $$m; fi)
 paper = $(if $(SHAPE_ONLY),$(call pipeline,shape-only,$(1)-shape-only,SHAPE=$(1) MODEL=runs/reproduce-$(1)-shape-only/model),\
-  $(foreach tp,$(or $(TP),$(2)),$(call pipeline,$(1),$(1)-tp$(tp),TP=$(tp) NPROC=$(or $(PROCESSES),$(3)) DEVICE=$(or $(DEVICE),cuda)) &&) true)
+  $(foreach tp,$(or $(TP),$(2)),$(call pipeline,$(1),$(1)-tp$(tp),TP=$(tp) NPROC=$(call per_node,$(tp),$(3)) DEVICE=$(or $(DEVICE),cuda)) &&) true)
 pipeline = $(MAKE) --no-print-directory PREFLIGHT=1 EXPERIMENT=experiments/$(1).yaml NAME=$(2) $(3) paper_figures/$(2)/tables.md
 
 reproduce-7b: $(READY)  ## LLaMA2-7B as in the paper, at tp 8 and 4, on GPUs (DRY_RUN=1 says what it takes)
@@ -134,12 +138,14 @@ ASKED := $(RUN)/asked-sensitivity $(RUN)/asked-plan $(RUN)/asked-sweep $(RUN)/as
 $(ASKED): $(RUN)/asked-%: FORCE $(if $(filter 0,$(NODE_RANK)),,$(RUN)/preflight.json)
 	@$(if $(DRY_RUN)$(filter-out 0,$(NODE_RANK)),:,mkdir -p $(@D); { \
 	  awk '/^[a-z]/ { on = $$1 == "common:" || $$1 == "$*:" } { sub(/ *#.*/, "") } on && NF' $(EXPERIMENT); \
-	  echo '$(STAGE) $(ON) $(if $(filter sweep,$*),$(APART) $(TASKS))'; } > $@.partial; \
+	  echo '$(STAGE) $(ON) $(if $(filter sweep,$*),$(SWEEP))'; } > $@.partial; \
 	  cmp -s $@.partial $@ && rm $@.partial || mv $@.partial $@)
 
 $(RUN)/preflight.json: FORCE $(if $(filter 0,$(NODE_RANK)),$(ASKED)) $(if $(SHAPE),$(MODEL)) | $(READY)
-	$(call run,pre-flight check,$(call launch,1,29500),preflight $(STAGE) $(ON) $(APART) $(TASKS) \
-	  --processes $(NPROC) --nodes $(NNODES) --run $(RUN) --out $@,$(WORLD))
+	$(call run,pre-flight check,$(call launch,1,29500),preflight $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)") \
+	  $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)") $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") \
+	  --processes $(NPROC) --nodes $(NNODES) --folder $(RUN) --out $@,$(WORLD))
 
 READS = $(if $(PREFLIGHT),$(RUN)/preflight.json) $(READY)
 
@@ -151,7 +157,7 @@ $(RUN)/plan.json: $(RUN)/sensitivity.json $(RUN)/asked-plan $(REDONE)
 
 $(RUN)/sweep.json: $(RUN)/sensitivity.json $(RUN)/asked-sweep $(REDONE)
 	$(call run,3/4 quality against the percentage of blocks dropped,$(call launch,$(NPROC),29502),sweep $< $(STAGE) $(ON) \
-	  $(APART) $(TASKS) --repairs $(RUN)/repairs --out $@,$(WORLD))
+	  $(SWEEP) --repairs $(RUN)/repairs --out $@,$(WORLD))
 
 $(RUN)/bench.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
 	$(call run,4/4 time to first token on real processes,$(SPD),bench --sensitivity $< $(STAGE) --out $@,1)
@@ -167,11 +173,11 @@ $(RUN)/bench-lbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
 $(FIGURES)/tables.md: $(RUN)/plan.json $(RUN)/sweep.json $(BENCHES:%=$(RUN)/%.json) $(REDONE)
 	$(call first,figures and tables,$(SPD),report $(RUN)/records --out $(@D) $(TO),1)
 	$(if $(filter bench-lbw,$(BENCHES)),$(call first,low bandwidth,$(SPD),report $(RUN)/records/lbw --out $(@D)/lbw $(TO),1))
-	$(if $(BENCHES),,@echo "Latency was left out: it needs one GPU for each of the tp=$(TP) shards (PROCESSES=$(TP))." >&2)
+	$(if $(BENCHES),,@echo "Latency was left out: it needs one GPU for each of the tp=$(TP) shards (NPROC=$(TP))." >&2)
 	$(if $(DRY_RUN),,@echo "Figures and tables are in $(@D); 'make mlflow-ui' compares runs." >&2)
 
 runs/reproduce-$(SHAPE)-shape-only/model: | $(READY)
-	$(call run,weights of $(SHAPE)'"'"'s shape at random,$(SPD),shape-only --shape $(SHAPE) --blocks 2 --out $@,1)
+	$(call run,random weights of the shape of $(SHAPE),$(SPD),shape-only --shape $(SHAPE) --blocks 2 --out $@,1)
 
 FORCE:
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself

@@ -7,15 +7,19 @@ keeps for itself). Counts follow the code: repairs are in float32, for the worst
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spd.closed_form import Options as ClosedForm
-from spd.config import SHAPES, ModelConfig
+from spd.config import HUB_IDS, SHAPES, ModelConfig
+from spd.experiment import Experiment
 from spd.least_squares import RIDGES
 from spd.machines import gpu_flops, gpu_memory
 from spd.planner import blocks_of
+from spd.pretrained import resolve
 from spd.recipes import Options as Recipe
 from spd.recipes import split
+from spd.session import LONGEST_DEFAULT
 from spd.strategies import STRATEGIES, ZERO_SHOT, parse_strategies
 
 UTILISATION = 0.5  # of the peak
@@ -185,6 +189,45 @@ def reckon(command: str, options: Mapping[str, Any], job: Job) -> Budget:
     return Budget()
 
 
+# ---------------------------------------------------------------- for commands
+
+
+def shape_of(model: str) -> ModelConfig | None:
+    """Of a folder, of spd-tiny, or of a hub id whose shape is known here; None otherwise. Downloads nothing."""
+    if Path(model).is_dir() or model == "spd-tiny":
+        return ModelConfig.from_folder(resolve(model))
+    return SHAPES[HUB_IDS[model]] if model in HUB_IDS else None
+
+
+def reckoned(command: str, options: Mapping[str, Any], processes: int, gpu: str) -> str:
+    """One line on what a command with these options takes on so many GPUs."""
+    model = options.get("model")
+    config = shape_of(str(model)) if model else None
+    if model and config is None:
+        return f"not reckoned: {model} is not here, and its shape is not known"
+    job = Job(config, options["tp"], processes, processes, _seq_len(options, config), gpu) if config else None
+    found = reckon(command, options, job) if job else Budget()
+    return words(found, processes, gpu if options.get("device") == "cuda" else None)
+
+
+def needed(experiment: Experiment, model: str, tp: int, processes: int, per_node: int, gpu: str = "a100") -> Budget:
+    """The most that the long stages of an experiment take."""
+    config, total = shape_of(model), Budget()
+    for command in ("sensitivity", "sweep") if config else ():
+        options = experiment.defaults(command, OPTIONS.keys())
+        job = Job(config, tp, processes, per_node, _seq_len(options, config), gpu)
+        total = total.then(reckon(command, OPTIONS | options, job))
+    return total
+
+
+OPTIONS = {"windows": None, "dtype": "float32", "seq_len": None, "percentages": None, "strategies": ZERO_SHOT,
+           "calibration": 128, "epochs": None}  # fmt: skip
+
+
+def _seq_len(options: Mapping[str, Any], config: ModelConfig) -> int:
+    return options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
+
+
 # ---------------------------------------------------------------- the table
 
 MODELS = ("llama2-7b", "llama2-13b", "llama2-70b")
@@ -220,13 +263,14 @@ def markdown(rows: list[dict], gpu: str = "a100") -> str:
     return "\n".join(lines)
 
 
-def words(budget: Budget, job: Job) -> str:
-    """One line for a dry run."""
-    hours, minutes = divmod(round(budget.seconds / 60), 60)
-    places = {"each GPU": budget.device_bytes, "each host": budget.host_bytes, "disk": budget.disk_bytes}
-    sizes = [f"{name} {size / GIB:.0f} GiB" for name, size in places.items() if size]
-    if not sizes and not budget.seconds:
+def words(budget: Budget, processes: int, gpu: str | None) -> str:
+    """One line; without a GPU only the memory, as nothing is known of the processor's speed."""
+    if not budget.device_bytes:
         return "reckoned, not measured: next to nothing"
-    time = f"{hours} h {minutes:02} min" if budget.seconds else "minutes"
-    plural = "s" * (job.processes > 1)
-    return f"reckoned, not measured: {time} on {job.processes} {job.gpu}{plural}; {', '.join(sizes)}"
+    hours, minutes = divmod(round(budget.seconds / 60), 60)
+    where = f"{processes} {gpu}{'s' * (processes > 1)}" if gpu else "a processor"
+    time = f"{hours} h {minutes:02} min on {where}" if gpu and budget.seconds else f"time not reckoned on {where}"
+    places = {"each process" if gpu is None else "each GPU": budget.device_bytes, "each host": budget.host_bytes}
+    places["disk"] = budget.disk_bytes
+    sizes = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in places.items() if size)
+    return f"reckoned, not measured: {time}; {sizes}"

@@ -288,7 +288,7 @@ def _all_neurons(block: Block, shards: Shards) -> tuple[Tensor, Tensor | None, T
     bias = mlp.gate_up.bias
     if bias is not None:
         bias = shards.gather(bias).unflatten(1, halves).transpose(0, 1).flatten(1, 2)
-    return weight, bias, shards.gather(mlp.down.weight.double().square().sum(1)).flatten()
+    return weight, bias, shards.gather(mlp.down.weight.square().sum(1, dtype=torch.double)).flatten()
 
 
 def _activations(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -95,6 +95,10 @@ class Experiment(_Section):
     sweep: EvaluationSection = EvaluationSection()
     bench: BenchSection = BenchSection()
 
+    def texts(self) -> list[str]:
+        """Those that any of its commands reads."""
+        return [t for t in (self.common.text, self.sweep.text, self.sweep.calibration_text, self.distill.text) if t]
+
     def defaults(self, command: str, options: set[str]) -> dict[str, Any]:
         """Defaults of a command's options, its own section before the common one."""
         own = getattr(self, command, _Section())

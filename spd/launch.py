@@ -35,6 +35,13 @@ class Runtime:
         """Whether this process prints and writes."""
         return self.rank == 0
 
+    def gather(self, thing: object) -> list:
+        """What every process has, by rank."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
     def shards(self, tp: int, link: Link | None = None) -> Shards:
         return Shards(tp, self.rank, self.world, link=link)
 

@@ -48,7 +48,18 @@ def open_session(context: typer.Context):
 
     _check_choice("dtype", context.params, ("float32", "bfloat16", "float16"))
     _check_choice("device", context.params, ("cpu", "cuda"))
+    say_if_dry(context)
     return Session(context.info_name, context.params)
+
+
+def say_if_dry(context: typer.Context) -> None:
+    """With --dry-run: what the command would take, and its end."""
+    if context.obj is not None and context.obj.dry_run is not None:
+        from spd.budget import reckoned
+        from spd.launch import say
+
+        say(reckoned(context.info_name, context.params, context.obj.dry_run, context.obj.gpu))
+        raise typer.Exit()
 
 
 def _check_choice(name: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
