@@ -86,7 +86,7 @@ FIGURES = paper_figures/$(NAME)
 NPROC ?= 1
 NNODES ?= 1
 NODE_RANK ?= 0
-WORLD := $(shell expr $(NPROC) '*' $(NNODES))
+WORLD = $(shell expr $(NPROC) '*' $(NNODES))
 LOW_BANDWIDTH := NCCL_P2P_DISABLE=1  # between GPUs of a node, as the paper's LBW has it
 
 TO = --records $(RUN)/records --reproduction $(NAME)

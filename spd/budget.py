@@ -133,26 +133,31 @@ def _distilled(job: Job, windows: int, trained: int, options: Recipe) -> Budget:
 def _closed_form(job: Job, trained: int) -> Budget:
     """A block: corrections, twice; placement; refits with and without attention, by Gram matrix or in sweeps."""
     c, limits, tokens = job.config, ClosedForm(), trained * job.seq_len
-    d, f, solved = c.hidden_size, c.intermediate_size, len(RIDGES) + 1
-    gpus, k = job.processes, job.tp / job.processes
+    d, f, gpus = c.hidden_size, c.intermediate_size, job.processes
     single = 8 * tokens * job.block_flops  # errors and features
-    single += 2 * tokens * 4 * job.tp * d * d  # products of what is seen and wanted
     single += min(tokens, limits.placement_tokens) * (job.tp + 1) * 4 * d * f
-    double = 2 * job.tp * solved * (d**3 / 3 + 4 * d**3)
-    memory = [6 * k * d * d * 8]
+    parts = [_regression(job, tokens, job.tp, d), _regression(job, tokens, job.tp, d)]
     for features in (f + d, f):
-        together = gpus == 1 and features <= limits.joint_features
-        parts, p = (1, features) if together else (job.tp, features / job.tp)
-        single += tokens * parts * 2 * (p * p + p * d)
-        double += parts * solved * (p**3 / 3 + 2 * p * p * d + 2 * p * p * d)
-        statistics = parts / gpus * 8 * (4 * p * p + 3 * p * d)
-        if not together:
-            single += limits.sweeps * tokens * (job.block_flops + 4 * features * d)
-            double += limits.sweeps * parts * 2 * p * p * d
-            statistics += parts / gpus * 8 * 5 * p * d
-        memory.append(statistics)
+        joint = tokens < features or (gpus == 1 and features <= limits.joint_features)
+        parts.append(_regression(job, tokens, 1 if joint else job.tp, features if joint else features / job.tp))
+        if not joint:
+            sweep = tokens * (job.block_flops + 4 * features * d) + 4 * features * features / job.tp * d
+            parts.append(Budget(job.seconds(limits.sweeps * sweep)))
+    solving = sum((part.seconds for part in parts), job.seconds(single))
     copies = 2 * 4 * job.block_parameters / gpus + tokens * c.num_heads * c.head_dim * 4 / gpus
-    return Budget(job.seconds(single) + job.seconds(double, "float64"), copies + max(memory))
+    return Budget(solving, copies + max(part.device_bytes for part in parts))
+
+
+def _regression(job: Job, tokens: int, parts: int, features: float) -> Budget:
+    """`parts` regressions onto D targets, their ridges chosen: Gram matrices, or, for few tokens, rows and a kernel."""
+    d, solved, size = job.config.hidden_size, len(RIDGES) + 1, max(1.0, parts / job.processes)
+    if tokens < features:
+        single = parts * tokens * 2 * tokens * (2 * features + solved * d)
+        return Budget(job.seconds(single, "float64"), 8 * size * tokens * (features + d))
+    single = parts * tokens * 2 * features * (features + d)
+    double = parts * solved * (features**3 / 3 + 4 * features**2 * d)
+    memory = size * 8 * (4 * features**2 + 3 * features * d)
+    return Budget(job.seconds(single) + job.seconds(double, "float64"), memory)
 
 
 def sweep(job: Job, options: Mapping[str, Any]) -> Budget:
