@@ -64,7 +64,10 @@ help:  ## Show this list
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
 	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
-	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-tiny on another model, text or tensor-parallel degree"
+	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree"
+	@echo "  NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-7b and larger"
+	@echo "  EVAL_TEXT=FILE TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README"
+	@echo "  DRY_RUN=1 SHAPE_ONLY=1     say what it takes, or run the chain on two random blocks"
 
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
 	@echo "Ready: $(PYTHON)"
@@ -105,7 +108,8 @@ TORCHRUN = $(PYTHON) -m torch.distributed.run
 ifeq ($(NNODES),1)
 launch = $(if $(filter 1,$(1)),$(SPD),$(TORCHRUN) --standalone --nproc-per-node $(1) -m spd --experiment $(EXPERIMENT))
 else
-launch = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) --master-addr $(MASTER_ADDR) --master-port $(2) \
+launch = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) \
+           --master-addr $(or $(MASTER_ADDR),$(error Several nodes meet at the first: MASTER_ADDR=its name)) --master-port $(2) \
            --nproc-per-node $(1) -m spd --experiment $(EXPERIMENT)
 endif
 # $(call run,WORDS,PROGRAM,ARGUMENTS,PROCESSES): a stage's command; with DRY_RUN what it is and what it would take.

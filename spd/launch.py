@@ -51,6 +51,11 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def nccl_settings() -> dict[str, str]:
+    """Settings that decide how GPUs talk to each other."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
+
+
 def tracking_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
