@@ -221,11 +221,12 @@ def test_nothing_is_missing_where_all_is_there(complete):
     assert missing(complete) == []
 
 
-def test_all_that_is_missing_is_said_at_once(complete, tmp_path):
+def test_all_that_is_missing_is_said_at_once(complete, tmp_path, monkeypatch):
     from dataclasses import replace
 
     asked = replace(complete, texts=("nowhere.txt",), tasks=("piqa", "sciq", "boolq"), device="cuda", processes=2,
                     budget=Budget(1, 1e9, 1e18, 1e18))  # fmt: skip
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (tmp_path / "model" / "tokenizer.json").unlink()
     (tmp_path / "model" / "tokenizer_config.json").unlink()
     found = missing(asked)
