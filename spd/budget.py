@@ -20,7 +20,7 @@ from spd.pretrained import resolve
 from spd.recipes import Options as Recipe
 from spd.recipes import split
 from spd.session import LONGEST_DEFAULT
-from spd.strategies import STRATEGIES, ZERO_SHOT, parse_strategies
+from spd.strategies import BY_PLAN, ZERO_SHOT, parse_strategies
 
 UTILISATION = 0.5  # of the peak
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -109,15 +109,19 @@ def sensitivity(job: Job, windows: int, dtype: str) -> Budget:
 
 
 def repair(job: Job, windows: int, blocks: int, options: Recipe) -> Budget:
-    """`distill`: `blocks` of the model repaired, by the paper's recipe or in closed form."""
+    """`distill`: `blocks` of the model repaired."""
     trained = split(windows)
+    windows, learnt = windows + options.generated, trained + options.generated
     streams = 2 * windows * job.seq_len * job.config.hidden_size * 4
     kept = 4 * job.block_parameters
-    each = _closed_form(job, trained) if options.recipe == "closed-form" else _distilled(job, windows, trained, options)
+    each = (_closed_form(job, trained) if options.closed_form else Budget()).then(
+        _distilled(job, windows, learnt, options)
+    )
     passes = evaluation(job, 3 * (windows - trained), "float32")
     moving = Budget(job.seconds(2 * windows * job.seq_len * job.config.num_blocks * job.block_flops))
     memory = Budget(0, job.weights(4) + each.device_bytes, job.per_node * (streams + kept))
-    return passes.then(moving).then(memory).then(Budget(each.seconds, disk_bytes=kept), blocks)
+    together = _jointly(job, windows, learnt, blocks, options)
+    return passes.then(moving).then(memory).then(Budget(each.seconds, disk_bytes=kept), blocks).then(together)
 
 
 def _distilled(job: Job, windows: int, trained: int, options: Recipe) -> Budget:
@@ -128,6 +132,17 @@ def _distilled(job: Job, windows: int, trained: int, options: Recipe) -> Budget:
     passes = epochs * (BACKWARD * trained + held_out) + 2 * held_out + 2 * trained
     memory = (1 + ADAM) * 4 * job.block_parameters / job.processes + job.block_activations(4)
     return Budget(job.seconds(passes * job.seq_len * job.block_flops), memory)
+
+
+def _jointly(job: Job, windows: int, trained: int, blocks: int, options: Recipe) -> Budget:
+    """All repaired blocks at once, each block's activations kept, towards the original's logits."""
+    if options.joint is None or not blocks:
+        return Budget()
+    c, epochs = job.config, options.joint.epochs
+    a_pass = job.seq_len * (c.num_blocks * job.block_flops + 2 * job.head_flops)
+    memory = ADAM * 4 * blocks * job.block_parameters / job.processes + c.num_blocks * job.block_activations(4)
+    seconds = job.seconds(epochs * (BACKWARD * trained + windows - trained) * a_pass)
+    return Budget(seconds, job.weights(4) + memory)
 
 
 def _closed_form(job: Job, trained: int) -> Budget:
@@ -169,11 +184,12 @@ def sweep(job: Job, options: Mapping[str, Any]) -> Budget:
     total = Budget()
     for strategy in parse_strategies(options["strategies"]):
         total = total.then(point, len(counts))
-        recipe, extent = STRATEGIES[strategy]
-        chosen = Recipe.of(recipe, extent, *((options["epochs"],) if recipe == "paper" else ()))
-        repaired = counts if chosen.students_inputs else (blocks,)  # else one repair serves all plans
-        for count in filter(None, repaired if strategy != ZERO_SHOT else ()):
-            total = total.then(repair(job, options["calibration"], count, chosen))
+        epochs = options.get("epochs")
+        if strategy in BY_PLAN:
+            for count in filter(None, counts):
+                total = total.then(repair(job, options["calibration"], count, Recipe.of(strategy)))
+        elif strategy != ZERO_SHOT:  # one repair serves all plans
+            total = total.then(repair(job, options["calibration"], blocks, Recipe.of("paper", strategy, epochs)))
     return total
 
 

@@ -225,7 +225,7 @@ class _Run:
             streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
             calibration = Calibration(*streams, self.transformer.context)
             saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
-            note["closed_form"] = repair_block(site, calibration, saved=saved)["steps"]
+            note["closed_form"] = repair_block(site, calibration, self.options.closed_form, saved)["steps"]
         elif action == GROUP:
             passes = Passes(inputs, self.transformer, range(self.trained))
             block, shards = self.transformer.blocks[i], self.transformer.shards

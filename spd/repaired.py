@@ -6,7 +6,7 @@ its own: (tp, ...). The layout does not depend on the number of processes.
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -45,8 +45,8 @@ def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def load_changed(model: Transformer, path: Path, blocks: Collection[int] | None = None) -> None:
-    """Puts the tensors of a file written here, or those of some blocks, into the model: the hosted shards' parts.
+def load_changed(model: Transformer, path: Path, blocks: Container[int] | None = None) -> None:
+    """Puts the tensors of a file written here into the model, the hosted shards' parts alone; or those of some blocks.
 
     Raises:
         SPDError: an unreadable file, or tensors that this model and tp do not have.

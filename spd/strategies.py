@@ -14,35 +14,27 @@ from spd.evaluate import perplexity
 from spd.plan import Plan
 from spd.planner import make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
-from spd.recipes import Options
-from spd.repaired import CHANGED, RESULT, load_changed
+from spd.progress import bar
+from spd.recipes import Options, total_steps
 
 ZERO_SHOT = "zs"
-# Strategy -> recipe and, of the paper's, how far algorithm 1 is followed.
-STRATEGIES = {
-    ZERO_SHOT: ("zs", "zs"),
-    "b2b": ("paper", "b2b"),
-    "b2b+hg": ("paper", "b2b+hg"),
-    "closed-form": ("closed-form", "zs"),
-    "best": ("best", "zs"),
-}
+# The paper's strategies, by class: how blocks of it are repaired before they drop (`spd.recipes.STRATEGIES`).
+BY_CLASS = {ZERO_SHOT: {}, "b2b": {"SB": "b2b", "ESB": "b2b"}, "b2b+hg": {"SB": "b2b", "ESB": "b2b+hg"}}
+BY_PLAN = ("closed-form", "best")  # each of these recipes repairs a block for those dropped before it
+STRATEGIES = (*BY_CLASS, *BY_PLAN)
 
 
 @dataclass(frozen=True)
 class Repairs:
-    """How the dropped blocks of each plan are repaired, and where repairs are kept.
-
-    A stopped sweep goes on there, and one with other numbers finds what it shares with the last; each repair has a
-    folder of its own, named by strategy, blocks and all that it depends on.
-    """
+    """How the dropped blocks of each plan are repaired, and where repairs are kept (a stopped sweep goes on there)."""
 
     calibration: Tensor  # windows (W, T)
     folder: Path
     tau1: float  # perplexity points, as are the sensitivities
     tau2: float
-    epochs: int | None = None  # of the paper's distillation; None: the paper's own
-    learning_rate: float | None = None
+    options: dict[str, Options]  # by recipe, or by strategy of the paper's
     leads: bool = True  # whether this process writes
+    bar: Callable = bar  # for each repair
 
 
 def parse_strategies(spec: str) -> list[str]:
@@ -52,6 +44,13 @@ def parse_strategies(spec: str) -> list[str]:
     if unknown:
         raise SPDError(f"Unknown strategy '{unknown[0]}'; known: {', '.join(STRATEGIES)}.")
     return list(dict.fromkeys(names))
+
+
+def options_of(paper: dict, best: dict, seed: int = 0) -> dict[str, Options]:
+    """For `Repairs`: the recipes' own options with some changed, as keyword arguments of `Options.of`."""
+    changed = {"closed-form": {}, "best": best}
+    options = {recipe: Options.of(recipe, **given, seed=seed) for recipe, given in changed.items()}
+    return options | {name: Options.of("paper", name, **paper, seed=seed) for name in ("b2b", "b2b+hg")}
 
 
 def curve(
@@ -66,7 +65,7 @@ def curve(
     """Points of every strategy: `strategy`, `blocks`, `percent`, `perplexity`, `nats`, `plan`.
 
     Args:
-        load: gives the model as read; asked again before each repair, which changes it in place.
+        load: gives the model as read; asked again before and after repairs, which change it in place.
         evaluation: windows (W, T), apart from the calibration's.
         repairs: needed for every strategy but `zs`.
         progress: told of each point done.
@@ -86,38 +85,52 @@ def curve(
 
 def _models(load, strategy: str, plans: dict, sensitivity: list[float], repairs) -> Iterator[tuple[int, SPDModel]]:
     """(blocks dropped, the model repaired for them), one after the other."""
+    if strategy in BY_PLAN:
+        return _each_repaired(load, strategy, plans, sensitivity, repairs)
+    return _repaired_once(load, strategy, plans, sensitivity, repairs)
+
+
+def _each_repaired(load, recipe: str, plans: dict, sensitivity: list[float], repairs: Repairs) -> Iterator:
+    """A repair for each plan."""
     model = None
     for blocks, plan in plans.items():
-        if strategy != ZERO_SHOT and blocks:
-            model = None
-            model = _repaired(load, strategy, plan, sensitivity, repairs)
-        elif model is None:
-            model = load()
+        model = None  # first, lest there be two
+        model = load()
+        if blocks:
+            document = make_plan(sensitivity, str(blocks), repairs.tau1, repairs.tau2)
+            folder = _repair(model, document, repairs.options[recipe], f"{recipe}-{blocks}", repairs)
+            model.load_plan(folder)  # also where an earlier run had finished it
         model.plan = plan
         yield blocks, model
 
 
-def _repaired(load, strategy: str, plan: Plan, sensitivity: list[float], repairs: Repairs) -> SPDModel:
-    """A model repaired for a plan, now or by an earlier run.
-
-    A repair on the teacher's hidden states does not depend on which other blocks drop: one of all blocks serves every
-    plan, which takes its blocks from it.
-    """
-    recipe, extent = STRATEGIES[strategy]
-    given = {"epochs": repairs.epochs, "learning_rate": repairs.learning_rate} if recipe == "paper" else {}
-    options = Options.of(recipe, extent, **given)
-    blocks = len(plan.dropped()) if options.students_inputs else len(plan)
-    document = make_plan(sensitivity, str(blocks), repairs.tau1, repairs.tau2)
+def _repaired_once(load, strategy: str, plans: dict, sensitivity: list[float], repairs: Repairs | None) -> Iterator:
+    """One repair of each class for all plans: by the paper's recipe a block's repair depends on no other block."""
+    folders, present = {}, set()
+    for name, treatment in BY_CLASS[strategy].items():
+        document = make_plan(sensitivity, "100%", repairs.tau1, repairs.tau2)
+        members = [i for i, block_class in enumerate(document["classes"]) if block_class == name]
+        document["policies"] = Plan.dropping(len(sensitivity), attention=members).policies()
+        if members:
+            folder = _repair(load(), document, repairs.options[treatment], f"{treatment}-{name}", repairs)
+            folders |= dict.fromkeys(members, folder)
     model = load()
+    for blocks, plan in plans.items():  # ever more blocks are dropped
+        for i in sorted(folders.keys() & set(plan.dropped()) - present):
+            model.load_repaired(folders[i], blocks={i})
+            present.add(i)
+        model.plan = plan
+        yield blocks, model
+
+
+def _repair(model: SPDModel, document: dict, options: Options, name: str, repairs: Repairs) -> Path:
+    """Repairs a model as it was read, with a bar of its own, unless that was done in an earlier run; gives the folder.
+
+    Its name ends with a digest of all that the repair depends on, so that a sweep with other numbers finds what it
+    shares with the last one.
+    """
     same = json.dumps(arguments_of(model, repairs.calibration, document, options), sort_keys=True)
-    folder = repairs.folder / f"{strategy}-{blocks}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
-    if not (folder / RESULT).exists():
-        distill(model, repairs.calibration, document, options, folder, repairs.leads)
-        model.transformer.shards.align()  # the folder is whole before anyone reads it
-        if blocks == len(plan.dropped()):
-            return model
-        model = None
-        model = load()
-    if (folder / CHANGED).exists():
-        load_changed(model.transformer, folder / CHANGED, plan.dropped())
-    return model
+    folder = repairs.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+    with repairs.bar(total_steps(document, options, len(repairs.calibration)), f"steps of {name}") as told:
+        distill(model, repairs.calibration, document, options, folder, repairs.leads, told)
+    return folder

@@ -8,7 +8,7 @@ from spd.distill import distill
 from spd.evaluate import perplexity
 from spd.planner import make_plan
 from spd.recipes import Options
-from spd.strategies import Repairs, curve
+from spd.strategies import Repairs, curve, options_of
 
 SENSITIVITY = [0.3, 0.1, 0.2]
 
@@ -18,9 +18,10 @@ def test_one_repair_of_all_blocks_serves_every_percentage(plain, text_of_words, 
         return SPDModel.from_pretrained(plain, tp=4)
 
     tokens = read_windows(str(text_of_words), load().tokenizer, 16, 20).tokens
-    repairs = Repairs(tokens[:10], tmp_path / "shared", tau1=-1.0, tau2=0.25, epochs=2, learning_rate=1e-3)
+    options = options_of({"epochs": 2, "learning_rate": 1e-3}, {})
+    repairs = Repairs(tokens[:10], tmp_path / "shared", -1.0, 0.25, options)
     points = curve(load, SENSITIVITY, ["b2b+hg"], [0, 34, 67, 100], tokens[10:], repairs)
-    assert len(list((tmp_path / "shared").iterdir())) == 1
+    assert len(list((tmp_path / "shared").iterdir())) == 2  # of the two sensitive blocks, and the other
     for blocks in (1, 2, 3):
         model = load()
         document = make_plan(SENSITIVITY, str(blocks), -1.0, 0.25)
@@ -32,6 +33,7 @@ def test_one_repair_of_all_blocks_serves_every_percentage(plain, text_of_words, 
 def test_other_numbers_are_another_repair_beside_the_first(plain, text_of_words, tmp_path):
     tokens = read_windows(str(text_of_words), SPDModel.from_pretrained(plain).tokenizer, 16, 20).tokens
     for epochs in (1, 2, 1):
-        repairs = Repairs(tokens[:10], tmp_path, tau1=-1.0, tau2=10.0, epochs=epochs, learning_rate=1e-3)
+        options = options_of({"epochs": epochs, "learning_rate": 1e-3}, {})
+        repairs = Repairs(tokens[:10], tmp_path, -1.0, 10.0, options)
         curve(lambda: SPDModel.from_pretrained(plain, tp=4), SENSITIVITY, ["b2b"], [100], tokens[10:], repairs)
     assert len(list(tmp_path.iterdir())) == 2

@@ -115,6 +115,8 @@ def sweep(
     tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
     epochs: Annotated[int | None, typer.Option(help="Of the paper's distillation (b2b, b2b+hg).")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the paper's distillation.")] = None,
+    joint_epochs: Annotated[int | None, typer.Option(help="Of all dropped blocks together (best).")] = None,
+    generated: Annotated[int | None, typer.Option(help="Windows that the model writes itself (best).")] = None,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
@@ -123,7 +125,7 @@ def sweep(
     The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
     """
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.strategies import ZERO_SHOT, Repairs, curve, parse_strategies
+    from spd.strategies import ZERO_SHOT, Repairs, curve, options_of, parse_strategies
 
     with open_session(context) as session:
         names, wanted = parse_strategies(strategies), numbers(percentages)
@@ -132,8 +134,11 @@ def sweep(
         data, described, prepared = session.windows(loaded), loaded.describe(), None
         if names != [ZERO_SHOT]:
             learnt = session.calibration(loaded, calibration, calibration_text).tokens
-            prepared = Repairs(learnt, repairs, tau1, tau2, epochs, learning_rate, session.runtime.leads)
-        del loaded  # the curve loads it afresh for each repair, and two do not fit where one hardly does
+            paper = {"epochs": epochs, "learning_rate": learning_rate}
+            best = {"joint_epochs": joint_epochs, "generated": generated}
+            options = options_of(paper, best, seed)
+            prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.leads, session.progress)
+        del loaded  # the curve reads it afresh for repairs, and two do not fit where one hardly does
         total = len(names) * len(plans_by_percentage(measured, wanted))
         with session.progress(total, "points") as done:
             points = curve(session.load, measured, names, wanted, data.tokens, prepared, done)
