@@ -133,4 +133,5 @@ def _repair(model: SPDModel, document: dict, options: Options, name: str, repair
     folder = repairs.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with repairs.bar(total_steps(document, options, len(repairs.calibration)), f"steps of {name}") as told:
         distill(model, repairs.calibration, document, options, folder, repairs.leads, told)
+    model.transformer.shards.align()  # the leading process has written all of it
     return folder
