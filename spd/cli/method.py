@@ -9,6 +9,7 @@ from spd.cli.app import app
 from spd.cli.options import (
     RUNS,
     TP,
+    Calibration,
     Device,
     Drop,
     DropMLP,
@@ -16,9 +17,12 @@ from spd.cli.options import (
     MLflow,
     Model,
     Out,
+    PaperEpochs,
+    PaperRate,
     Percentages,
     PlanPath,
     Records,
+    RepairsFolder,
     Reproduction,
     Seed,
     SensitivityPath,
@@ -105,13 +109,9 @@ def sweep(
     strategies: Annotated[
         str, typer.Option(help="How blocks are repaired, of zs (not at all), b2b, b2b+hg, closed-form, best.")
     ] = "zs",
-    calibration: Annotated[
-        int, typer.Option(help="Windows to repair on: the first of the text, which --skip must pass over.", min=2)
-    ] = 128,
-    repairs: Annotated[Path, typer.Option(help="Folder of the repairs; a sweep goes on there.")] = Path("repairs"),
+    calibration: Calibration = 128, repairs: RepairsFolder = Path("repairs"),
     tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
-    epochs: Annotated[int | None, typer.Option(help="Of the paper's distillation (b2b, b2b+hg).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the paper's distillation.")] = None,
+    epochs: PaperEpochs = None, learning_rate: PaperRate = None,
     joint_epochs: Annotated[int | None, typer.Option(help="Of all dropped blocks together (best).")] = None,
     generated: Annotated[int | None, typer.Option(help="Windows that the model writes itself (best).")] = None,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,

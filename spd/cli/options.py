@@ -37,6 +37,14 @@ Percentages = Annotated[
 ]
 Tau1 = Annotated[float, typer.Option(help="ISB up to this sensitivity, SB above; perplexity points.")]
 Tau2 = Annotated[float, typer.Option(help="SB up to this sensitivity, ESB above; perplexity points.")]
+Calibration = Annotated[
+    int, typer.Option(help="Windows to repair on: the first of the text, which --skip must pass over.", min=2)
+]
+RepairsFolder = Annotated[
+    Path, typer.Option("--repairs", help="Folder of the repairs; an interrupted run goes on there.")
+]
+PaperEpochs = Annotated[int | None, typer.Option("--epochs", help="Of the paper's distillation.")]
+PaperRate = Annotated[float | None, typer.Option("--learning-rate", help="Of the paper's distillation.")]
 RUNS = Path("runs")
 
 
