@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from spd import Plan, Sampling, SPDModel
+from spd.accuracy import Accuracy
 from spd.bench import BenchSettings, bench
+from spd.comm import Replicas
 from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.sensitivity import sensitivity
+from spd.tasks import load_tasks
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")
@@ -56,6 +59,39 @@ def test_several_processes_equal_one(variants, text_of_words, processes, tp, var
     assert together["sampled"] == alone["sampled"]
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
     assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
+
+
+def replicated(runtime: Runtime, folder: str, text: str, tp: int, copies: int) -> dict:
+    """Perplexity and accuracy on `copies` of the model; None: on one process."""
+    replicas = runtime.replicas(copies)
+    model = SPDModel.from_pretrained(folder, shards=runtime.shards(tp, replicas=replicas))
+    model.plan = Plan.from_letters("DF FF DF")
+    windows = read_windows(text, model.tokenizer, 100, 50).tokens
+    accuracy = Accuracy(load_tasks("tiny_continuation"), 12, 2, replicas, runtime.leads)
+    shards = model.transformer.shards
+    place = {"rank": shards.rank, "world": shards.world}
+    return perplexity(model.transformer, windows, replicas=replicas) | accuracy(model) | place
+
+
+@pytest.mark.parametrize(("processes", "copies"), [(2, 2), (4, 2)])
+def test_copies_of_the_model_divide_the_work(variants, text_of_words, processes, copies):
+    """Exactly the same numbers where each copy has one process; the batches are the same, whoever runs them."""
+    arguments = replicated, str(variants("plain")[0]), str(text_of_words), 4, copies
+    together = spawn(processes, *arguments)
+    alone = replicated(Runtime(), *arguments[1:-1], 1)
+    assert together.pop("world") == processes // copies and together.pop("rank") == 0
+    assert (alone.pop("world"), alone.pop("rank")) == (1, 0)
+    if processes == copies:
+        assert together == alone
+    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    assert together["tasks"] == alone["tasks"]
+
+
+def test_processes_that_cannot_be_divided():
+    with pytest.raises(SPDError, match=r"^2 processes cannot be divided into 3 equal parts"):
+        Runtime(world=2).replicas(3)
+    with pytest.raises(SPDError, match=r"^tp=2 is not a multiple of the 4 processes"):
+        Runtime(world=8).shards(2, replicas=Replicas(1, 4))
 
 
 def test_bench_counts_what_it_times(variants):

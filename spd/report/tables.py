@@ -43,7 +43,7 @@ def _cell(value: Any, form: str) -> str:
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """The tables of `load_records`' records: sensitivities, perplexities, TTFT, predictions. Raises SPDError."""
+    """The tables of `load_records`' records: sensitivity, perplexity, TTFT, accuracy, predictions. Raises SPDError."""
     found = []
     for sources in choose(records)[0]:
         if sources.sensitivity:
@@ -52,9 +52,10 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    from spd.report.predicted_tables import predicted_tables  # made of this module's tables
+    from spd.report.accuracy import accuracy_tables  # these are made of this module's tables
+    from spd.report.predicted_tables import predicted_tables
 
-    return found + predicted_tables(records)
+    return found + accuracy_tables(records) + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
