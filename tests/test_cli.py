@@ -331,9 +331,10 @@ def test_sweep_of_strategies(spd, common):
 def test_eval_and_sweep_of_tasks(spd, common, tmp_path):
     rows = [{"goal": f"t{i} t{i + 1}", "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 13)]
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--tasks", "piqa,tiny_last_word", "--tasks-dir", tmp_path, "--limit", 6]
+    (tmp_path / "lambada_openai.jsonl").write_text('{"text": "t5 t6 t7 t8"}\n{"text": "t8 t7 t6"}\n')
+    options = ["--tasks", "piqa,lambada_openai", "--tasks-dir", tmp_path, "--limit", 6]
     model = common[:4]
-    code, result, err = spd("eval", *model, *options, "--drop", "all", "--compare", mirror=True)
+    code, result, err = spd("eval", *model, *options, "--drop", "all", "--compare")
     assert code == 0, err
     assert {"acc", "acc_norm", "stderr", "n", "chance", "compared"} <= set(result["tasks"]["piqa"])
     assert "perplexity" not in result and result["plan"] == "DF DF DF" and result["tasks"]["piqa"]["n"] == 6
