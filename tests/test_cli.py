@@ -354,7 +354,10 @@ def test_eval_and_sweep_of_tasks(spd, common, tmp_path):
         (["eval", *model, "--tasks", "riddles"], "Unknown task 'riddles'; known: arc_easy"),
         (["eval", *model, "--tasks", "sciq", "--tasks-dir", tmp_path], "which the task sciq reads"),
         (["eval", *model, "--tasks", "sciq"], "The rows of sciq are not in the local cache"),
-        (["eval", *common, "--data-parallel", 2], "1 processes cannot be divided into 2 equal parts"),
+        (
+            ["eval", *common, "--data-parallel", 2],
+            "2 copies of the model need as many equal parts of the processes, of which there are 1.",
+        ),
     ):
         code, _, err = spd(*wrong)
         assert code == 1 and words in err and "Traceback" not in err
