@@ -44,7 +44,7 @@ class Runtime:
         """Raises SPDError where the processes cannot be divided into `count` equal parts."""
         if count < 1 or self.world % count:
             raise SPDError(
-                f"{count} copies of the model need as many equal parts of the processes, of which there are {self.world}."
+                f"{count} copies of the model need as many equal parts of the processes, which are {self.world}."
             )
         return Replicas(count, self.world // count, self.rank)
 

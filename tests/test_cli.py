@@ -356,7 +356,7 @@ def test_eval_and_sweep_of_tasks(spd, common, tmp_path):
         (["eval", *model, "--tasks", "sciq"], "The rows of sciq are not in the local cache"),
         (
             ["eval", *common, "--data-parallel", 2],
-            "2 copies of the model need as many equal parts of the processes, of which there are 1.",
+            "2 copies of the model need as many equal parts of the processes, which are 1.",
         ),
     ):
         code, _, err = spd(*wrong)

@@ -89,7 +89,7 @@ def test_copies_of_the_model_divide_the_work(variants, text_of_words, processes,
 
 def test_processes_that_cannot_be_divided():
     with pytest.raises(
-        SPDError, match=r"^3 copies of the model need as many equal parts of the processes, of which there are 2"
+        SPDError, match=r"^3 copies of the model need as many equal parts of the processes, which are 2"
     ):
         Runtime(world=2).replicas(3)
     with pytest.raises(SPDError, match=r"^tp=2 is not a multiple of the 4 processes"):
