@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,22 +62,26 @@ def test_several_processes_equal_one(variants, text_of_words, processes, tp, var
     assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
 
 
-def replicated(runtime: Runtime, folder: str, text: str, tp: int, copies: int) -> dict:
-    """Perplexity and accuracy on `copies` of the model; None: on one process."""
+def replicated(runtime: Runtime, folder: str, text: str, rows: str, copies: int) -> dict:
+    """Perplexity and accuracy on `copies` of the model."""
     replicas = runtime.replicas(copies)
-    model = SPDModel.from_pretrained(folder, shards=runtime.shards(tp, replicas=replicas))
+    model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
     model.plan = Plan.from_letters("DF FF DF")
     windows = read_windows(text, model.tokenizer, 100, 50).tokens
-    accuracy = Accuracy(load_tasks("tiny_continuation"), 12, 2, replicas, runtime.leads)
+    accuracy = Accuracy(load_tasks("piqa", Path(rows)), None, 2, replicas, runtime.leads)
     shards = model.transformer.shards
     place = {"rank": shards.rank, "world": shards.world}
     return perplexity(model.transformer, windows, replicas=replicas) | accuracy(model) | place
 
 
 @pytest.mark.parametrize(("processes", "copies"), [(2, 2), (4, 2)])
-def test_copies_of_the_model_divide_the_work(variants, text_of_words, processes, copies):
+def test_copies_of_the_model_divide_the_work(variants, text_of_words, tmp_path, processes, copies):
     """Exactly the same numbers where each copy has one process; the batches are the same, whoever runs them."""
-    arguments = replicated, str(variants("plain")[0]), str(text_of_words), 4, copies
+    rows = [
+        {"goal": f"t{i} " * (i % 5 + 1), "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 22)
+    ]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = replicated, str(variants("plain")[0]), str(text_of_words), str(tmp_path), copies
     together = spawn(processes, *arguments)
     alone = replicated(Runtime(), *arguments[1:-1], 1)
     assert together.pop("world") == processes // copies and together.pop("rank") == 0
