@@ -1,6 +1,6 @@
 """Accuracy on tasks: what records of `sweep --tasks` and `eval --tasks` hold, its figures and its tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import matplotlib as mpl
@@ -49,19 +49,18 @@ def accuracies_of(sweeps: Sequence[Record]) -> dict[str, list[dict]]:
     return {name: sorted(points, key=lambda p: p["blocks"]) for name, points in curves.items()}
 
 
-def _questions(record: Record) -> dict[str, int]:
-    """Number of questions of each task."""
+def _questions(record: Record) -> dict[str, tuple]:
+    """How many questions of each task, from where."""
     tasks = value_in(record, "result", "curve", 0, "tasks")
-    return {name: number_in(record, "result", "curve", 0, "tasks", name, "n") for name in tasks}
+    return {
+        name: tuple(value_in(record, "result", "curve", 0, "tasks", name, k) for k in ("n", "source")) for name in tasks
+    }
 
 
 def scores_of(record: Record, *keys: str | int) -> dict[str, dict]:
     """Accuracies at `keys` in a record, task by task and, where there is one, the `average`; each in one flat row."""
     tasks = {name: _scores(record, *keys, "tasks", name) for name in value_in(record, *keys, "tasks")}
-    place = record
-    for key in keys:
-        place = place[key]
-    if "average" in place:
+    if "average" in value_in(record, *keys):
         of = value_in(record, *keys, "average", "tasks")
         tasks["average"] = _scores(record, *keys, "average")
         tasks["average"] |= {"chance": sum(tasks[name]["chance"] for name in of) / len(of), "of": len(of)}
@@ -93,11 +92,16 @@ def accuracy_caption(sources: Sources, name: str) -> str:
     words += (
         "standard error of the difference from the model with every sync point kept (dashed) on the same questions;"
     )
-    return f"{words} dotted: guessing. {_asked(scores, name)}. {subject(record)}; {machine(record)}."
+    names = [task for task in _names(scores) if task != "mmlu"] if name == "average" else [name]
+    return f"{words} dotted: guessing. {_asked(scores, names)}. {subject(record)}; {machine(record)}."
 
 
-def _asked(scores: dict[str, dict], name: str) -> str:
-    names = [task for task in scores if task != "average"] if name == "average" else [name]
+def _names(scores: dict[str, dict]) -> list[str]:
+    """Of the tasks."""
+    return [name for name in scores if name != "average"]
+
+
+def _asked(scores: dict[str, dict], names: Iterable[str]) -> str:
     shots = {task: f", {scores[task]['shots']} shots" if scores[task].get("shots") else "" for task in names}
     return "Questions: " + ", ".join(
         f"{task} {scores[task]['n']} ({scores[task]['source']}{shots[task]})" for task in names
@@ -113,7 +117,7 @@ def accuracies_caption(sources: Sources) -> str:
     )
     words += " Against the model with every sync point kept, on the same questions: difference of the averages and its"
     words += " standard error, answers lost and gained, and McNemar's exact two-sided p of these."
-    return f"{words} {_asked(scores, 'average')}. {subject(record)}; {machine(record)}."
+    return f"{words} {_asked(scores, _names(scores))}. {subject(record)}; {machine(record)}."
 
 
 def tasks_caption(sources: Sources) -> str:
@@ -123,7 +127,7 @@ def tasks_caption(sources: Sources) -> str:
         f"Accuracy of plan {record['plan']} task by task. lost, gained: answers flipped against the model with every"
     )
     words += " sync point kept; p: McNemar's exact test of them."
-    return f"{words} {_asked(scores, 'average')}. {subject(record)}; {machine(record)}."
+    return f"{words} {_asked(scores, _names(scores))}. {subject(record)}; {machine(record)}."
 
 
 # ---------------------------------------------------------------- figures and tables
