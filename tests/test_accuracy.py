@@ -105,7 +105,7 @@ def test_the_tiny_tasks_tell_a_damaged_model_from_a_whole_one(spd_tiny):
     assert all(row["word"].strip() in row["context"].split() for row in words)
     assert all(len(set(row["choices"])) == 4 for row in four) and {row["answer"] for row in four} == {0, 1, 2, 3}
     model = SPDModel.from_pretrained(spd_tiny, tp=8)
-    accuracy = Accuracy(load_tasks("tiny_last_word,tiny_continuation"), limit=150)
+    accuracy = Accuracy(load_tasks("tiny_last_word,tiny_continuation"), limit=100)
     accuracy.compare_with(model)
     model.plan = Plan.dropping(8, range(8))
     found = accuracy(model)

@@ -24,7 +24,7 @@ PAIRS = [
     ("", "<s>and one that begins with BOS"),
     ("<s>It was a", " day"),  # no second BOS
     ("word " * 400, "end of a context that is too long"),  # cut from the left
-    ("A name: α", "βγ"),
+    ("A name:", " αβγ"),
 ]
 TEXTS = ["A short text.", "It goes on and on, and does not end with this window or the next. " * 12, ""]
 
