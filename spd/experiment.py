@@ -50,6 +50,8 @@ class EvaluationSection(_Section):
     tau2: float | None = None
     epochs: int | None = Field(None, ge=0, description="of the paper's distillation")
     learning_rate: float | None = Field(None, gt=0)
+    joint_epochs: int | None = Field(None, ge=0, description="of all dropped blocks together (`best`)")
+    generated: int | None = Field(None, ge=0, description="windows that the model writes itself (`best`)")
 
 
 class BenchSection(_Section):

@@ -312,13 +312,13 @@ def test_sweep_of_strategies(spd, common):
     """One curve a way of repairing; nothing dropped is the same for all, and repairs are kept for another run."""
     measured(spd, common)
     options = ["--strategies", "zs,b2b,closed-form", "--percentages", "0,100", "--calibration", "10", "--skip", 10]
-    options += ["--tau1", -1e9, "--epochs", 1, "--learning-rate", 1e-3]
+    options += ["--tau1", -2e9, "--tau2", -1e9, "--epochs", 1, "--learning-rate", 1e-3]
     code, result, err = spd("sweep", "s.json", *common, *options)
     assert code == 0, err
     curve = {(p["strategy"], p["blocks"]): p["perplexity"] for p in result["curve"]}
     assert len({curve[name, 0] for name in ("zs", "b2b", "closed-form")}) == 1
     assert len({curve[name, 3] for name in ("zs", "b2b", "closed-form")}) > 1  # a repair that ends worse is undone
-    assert {path.name for path in Path("repairs").iterdir()} == {"b2b-3", "closed-form-3"}
+    assert {path.name for path in Path("repairs").iterdir()} == {"b2b-ESB", "closed-form-3"}
     assert spd("sweep", "s.json", *common, *options)[1]["curve"] == result["curve"]
     code, _, err = spd(
         "sweep", "s.json", *common, *options[:-8], "--skip", 5, "--strategies", "b2b", "--calibration", 9

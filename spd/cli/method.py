@@ -133,6 +133,8 @@ def sweep(
     tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
     epochs: Annotated[int | None, typer.Option(help="Of the paper's distillation (b2b, b2b+hg).")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the paper's distillation.")] = None,
+    joint_epochs: Annotated[int | None, typer.Option(help="Of all dropped blocks together (best).")] = None,
+    generated: Annotated[int | None, typer.Option(help="Windows that the model writes itself (best).")] = None,
     tasks: Tasks = None, tasks_dir: TasksDir = None, limit: Limit = None, batch_size: BatchSize = 16,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
@@ -143,7 +145,7 @@ def sweep(
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.strategies import ZERO_SHOT, Repairs, curve, parse_strategies
+    from spd.strategies import ZERO_SHOT, Repairs, curve, options_of, parse_strategies
 
     with open_session(context) as session:
         names, wanted, accuracy = parse_strategies(strategies), numbers(percentages), session.accuracy()
@@ -152,7 +154,10 @@ def sweep(
         data, prepared = session.windows(loaded), None
         if names != [ZERO_SHOT]:
             learnt = session.calibration(loaded, calibration).tokens
-            prepared = Repairs(learnt, repairs, tau1, tau2, epochs, learning_rate, session.runtime.leads)
+            paper = {"epochs": epochs, "learning_rate": learning_rate}
+            best = {"joint_epochs": joint_epochs, "generated": generated}
+            options = options_of(paper, best, seed)
+            prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.leads, session.progress)
         if accuracy is not None:
             accuracy.compare_with(loaded)
         total = len(names) * len(plans_by_percentage(measured, wanted))
