@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from spd.comm import Replicas
 from spd.harness import BATCH, SpdLM
+from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.tasks import MMLU, Task
 
@@ -32,15 +33,19 @@ class Accuracy:
         """`limit`: only the first questions of each task (of each subject, for mmlu); the rest as `SpdLM`'s."""
         self.tasks, self.limit = tasks, limit
         self._options = {"batch_size": batch_size, "replicas": replicas, "leads": leads}
-        self._full: Answers | None = None
+        self._full: tuple[Answers, int] | None = None
 
     def compare_with(self, model: SPDModel) -> None:
-        """From now on each model is compared with this one as it is: loaded, and with nothing dropped."""
-        self._full = self._answers(model)[0]
+        """From now on each model is compared with this one, as it was read and with nothing dropped.
+
+        It is not run again for a plan that drops nothing: repairs belong to dropped blocks.
+        """
+        self._full = self._answers(model)
 
     def __call__(self, model: SPDModel) -> dict:
-        answers, truncated = self._answers(model)
-        found = {task.name: summary(task, answers, self._full) for task in self.tasks}
+        known = self._full if model.plan == Plan.full(model.config.num_blocks) else None
+        answers, truncated = known or self._answers(model)
+        found = {task.name: summary(task, answers, self._full and self._full[0]) for task in self.tasks}
         mean = average({name: scores for name, scores in found.items() if name != MMLU})
         return {"tasks": found, "truncated": truncated} | ({"average": mean} if mean else {})
 
