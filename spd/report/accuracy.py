@@ -137,7 +137,8 @@ def _panel_accuracy(ax: Axes, sources: Sources, of: str = "average") -> None:
     """Accuracy of one task, or of the average, in percent."""
     curves = accuracies_of(sources.sweeps)
     for i, (name, points) in enumerate(curves.items()):
-        x, scores = [p["percent"] for p in points], [p["scores"][of] for p in points]
+        aside = 0.8 * (i - (len(curves) - 1) / 2)  # so that bars of equal percentage do not hide one another
+        x, scores = [p["percent"] + aside for p in points], [p["scores"][of] for p in points]
         y, error = ([100 * s[key] for s in scores] for key in ("acc", "difference_stderr"))
         bars = {"elinewidth": 0.8, "capsize": 2} | line_style(i)
         ax.errorbar(x, y, error, label=STRATEGY_NAMES.get(name, name), **bars)

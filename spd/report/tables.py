@@ -131,9 +131,11 @@ HEADINGS = {
     "sensitivity_nats": "nats",
     "increase_percent": "increase\n%",
     "reduction": "reduc-\ntion",
+    "difference": "differ-\nence",
     "speedup": "speed-\nup",
 }
 TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+TERMINAL_LEAVES_OUT |= {"stderr", "difference_stderr", "lost", "gained", "chance"}  # of accuracies
 
 
 def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
