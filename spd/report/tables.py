@@ -9,6 +9,7 @@ from typing import Any
 
 from spd.errors import SPDError
 from spd.report.ablation_tables import ablation_tables
+from spd.report.accuracy import accuracy_tables
 from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
 from spd.report.predicted_tables import predicted_tables
 from spd.report.records import (
@@ -28,7 +29,7 @@ from spd.report.table import Table, cell
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """The tables of `load_records`' records: sensitivities, perplexities, TTFT, predictions. Raises SPDError."""
+    """The tables of `load_records`' records: sensitivity, perplexity, TTFT, accuracy, predictions. Raises SPDError."""
     found = []
     for sources in choose(records)[0]:
         if sources.sensitivity:
@@ -37,7 +38,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    return found + ablation_tables(records) + predicted_tables(records)
+    return found + ablation_tables(records) + accuracy_tables(records) + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -130,9 +131,11 @@ HEADINGS = {
     "sensitivity_nats": "nats",
     "increase_percent": "increase\n%",
     "reduction": "reduc-\ntion",
+    "difference": "differ-\nence",
     "speedup": "speed-\nup",
 }
 TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+TERMINAL_LEAVES_OUT |= {"stderr", "difference_stderr", "lost", "gained", "chance"}  # of accuracies
 
 
 def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
