@@ -53,23 +53,25 @@ class Session:
             o.model, shards=shards, dtype=getattr(o, "dtype", "float32"), device=self.runtime.device
         )
 
-    def calibration(self, model: SPDModel, windows: int) -> Windows:
-        """The first `windows` of the text, for repairs; the command's own windows must come after them."""
-        if self.options.skip < windows:
+    def calibration(self, model: SPDModel, windows: int, text: str | None = None) -> Windows:
+        """The first `windows` of a text, for repairs; if it is the command's own, its windows must come after them."""
+        if text in (None, self.options.text) and self.options.skip < windows:
             raise SPDError(
                 f"Calibration and evaluation overlap; --calibration {windows} needs --skip {windows} or more."
             )
-        return self.windows(model, windows, 0)
+        return self.windows(model, windows, 0, text)
 
-    def windows(self, model: SPDModel, windows: int | None = None, skip: int | None = None) -> Windows:
-        """Those of the options, or others of the same text."""
-        o = self.options
-        if o.text is None:
+    def windows(
+        self, model: SPDModel, windows: int | None = None, skip: int | None = None, text: str | None = None
+    ) -> Windows:
+        """Those of the options, or others."""
+        o, text = self.options, text or self.options.text
+        if text is None:
             raise SPDError("No text was given: --text FILE, 'builtin' or 'builtin-train'.")
         positions = model.config.max_positions
         seq_len = o.seq_len or min(positions, LONGEST_DEFAULT)
         found = read_windows(
-            o.text, model.tokenizer, seq_len, windows or o.windows, o.skip if skip is None else skip, positions
+            text, model.tokenizer, seq_len, windows or o.windows, o.skip if skip is None else skip, positions
         )
         if found.note and self.runtime.leads:
             say(f"warning: {found.note}")
