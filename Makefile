@@ -54,7 +54,7 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny predict tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny sensitivities predict tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,7 @@ help:  ## Show this list
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
 	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+	@echo "  MODELS, TPS, TEXTS   lists that sensitivities goes over"
 	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-tiny on another model, text or tensor-parallel degree"
 
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
@@ -110,6 +111,18 @@ $(RUN)/bench.json: $(RUN)/sensitivity.json
 
 FORCE:
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself
+
+MODELS := spd-tiny
+TPS := 2 4 8
+TEXTS := builtin builtin-train
+sensitivities: $(READY)  ## Sensitivities and classes over MODELS, TPS and TEXTS: the paper's figures 4 and 6
+	@set -e; for model in $(MODELS); do for tp in $(TPS); do for text in $(TEXTS); do \
+	  at=runs/sensitivities/$$(basename $$model)-tp$$tp-$$(basename $$text); echo "$$at" >&2; \
+	  test -e $$at/plan.json && continue; set -- --records runs/sensitivities/records --reproduction sensitivities; \
+	  $(PYTHON) -m spd sensitivity --model $$model --tp $$tp --text $$text --windows 64 --out $$at/sensitivity.json "$$@" >/dev/null; \
+	  $(PYTHON) -m spd plan $$at/sensitivity.json --out $$at/plan.json "$$@" >/dev/null; \
+	done; done; done
+	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs --reproduction sensitivities >/dev/null
 
 predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
 	rm -rf runs/predict
