@@ -118,11 +118,11 @@ TEXTS := builtin builtin-train
 sensitivities: $(READY)  ## Sensitivities and classes over MODELS, TPS and TEXTS: the paper's figures 4 and 6
 	@set -e; for model in $(MODELS); do for tp in $(TPS); do for text in $(TEXTS); do \
 	  at=runs/sensitivities/$$(basename $$model)-tp$$tp-$$(basename $$text); echo "$$at" >&2; \
-	  test -e $$at/plan.json && continue; set -- --records runs/sensitivities/records --reproduction sensitivities; \
+	  test -e $$at/plan.json && continue; set -- --records runs/sensitivities/records; \
 	  $(PYTHON) -m spd sensitivity --model $$model --tp $$tp --text $$text --windows 64 --out $$at/sensitivity.json "$$@" >/dev/null; \
 	  $(PYTHON) -m spd plan $$at/sensitivity.json --out $$at/plan.json "$$@" >/dev/null; \
 	done; done; done
-	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs --reproduction sensitivities >/dev/null
+	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs >/dev/null
 
 predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
 	rm -rf runs/predict

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spd import track
+from spd import mirror, track
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
 from spd.launch import Runtime, runtime, say, tracking_uri
@@ -117,4 +117,4 @@ class Session:
         path = track.write_record(record, o.records)
         print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
         if o.mlflow:
-            track.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or track.DEFAULT_TRACKING_URI)
+            mirror.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or mirror.DEFAULT_TRACKING_URI)
