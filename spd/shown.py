@@ -38,7 +38,11 @@ def _model_params(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     flat = {_key(key): value for key, value in _flatten(values)}
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items() if value != ""}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in flat.items()
+        if value not in ("", [])
+    }
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -118,7 +122,7 @@ def headline(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _of_sensitivity(result: Mapping[str, Any]) -> dict[str, float]:
     values = result["sensitivity"]
-    return {f"sensitivity/{f.__name__}": f(values) for f in (min, statistics.median, max)}
+    return {f"sensitivity/{f.__name__}": f(values) for f in (max, statistics.median, min)}
 
 
 def _of_plan(result: Mapping[str, Any]) -> dict[str, float]:
