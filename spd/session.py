@@ -108,7 +108,7 @@ class Session:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command not in ("report", "export"):
+        if o.out is not None and self.command not in ("report", "ledger", "export"):
             track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,

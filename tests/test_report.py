@@ -28,7 +28,8 @@ def _plan(blocks: int) -> str:
 
 def _sensitivity() -> dict:
     nats = [value / 16 for value in SENSITIVITY]
-    return {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+    found = {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+    return found | {"perplexity_from": [16.265625, 3.765625, 3.515625, 4.015625, 4.0]}
 
 
 def _planned() -> dict:
@@ -107,7 +108,9 @@ def _rows(path: Path) -> list[dict]:
 
 def test_every_figure_and_table_is_written_once(made):
     _, out, result = made
-    names = {f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "overview") for form in ("svg", "png")}
+    names = {
+        f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "transfer", "overview") for form in ("svg", "png")
+    }
     names |= {"sensitivity.csv", "perplexity.csv", "ttft.csv", "tables.md"}
     assert {Path(file).name for file in result["files"]} == names == {file.name for file in out.iterdir()}
     json.dumps(result)
@@ -200,6 +203,7 @@ def test_models_and_degrees_get_files_of_their_own(put):
         "sensitivity-synthetic-tp8",
         "sensitivity-synthetic-tp4",
         "sensitivity-other",
+        "classes",
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spd.errors import SPDError
 from spd.report.figures import Sheet, finish, render, sheets
+from spd.report.method_figures import method_sheets
 from spd.report.predicted_figures import predicted_sheets
 from spd.report.records import Record, choose, load_records, provenance
 from spd.report.tables import Table, csv_of, markdown, print_tables, tables
@@ -46,7 +47,7 @@ def report(records: Iterable[Path | str], out: Path | str) -> dict:
         raise SPDError(
             "None of the records given is of sensitivity, sweep, bench or a prediction: there is nothing to report."
         )
-    drawn = sheets(single, combined) + predicted_sheets(loaded)
+    drawn = sheets(single, combined) + method_sheets(loaded, single) + predicted_sheets(loaded)
     content = {out / f"{s.name}.{form}": render(s, form) for s in drawn for form in ("svg", "png")}
     content |= {out / f"{table.name}.csv": csv_of(table) for table in found}
     content[out / "tables.md"] = markdown(found).encode()

@@ -41,6 +41,11 @@ STRATEGY_NAMES = {
     "closed-form": "closed form",
     "best": "best recipe",
 }
+PART_COLOURS = {
+    "compute_ms": ("computation", _BLUE),
+    "real_ms": ("real all-reduces", _ORANGE),
+    "emulated_ms": ("emulated link", "0.72"),
+}
 MARKERS = "osD^vP"
 LOG_FROM = 8  # a span of positive values wider than this factor is drawn on a logarithmic axis
 DPI = 200
@@ -137,9 +142,7 @@ def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
 def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     rows = timings_of(sources.bench)
     bottom = [0.0] * len(rows)
-    parts = {"compute_ms": ("computation", _BLUE), "real_ms": ("real all-reduces", _ORANGE)}
-    parts["emulated_ms"] = ("emulated link", "0.72")
-    for key, (label, colour) in parts.items():
+    for key, (label, colour) in PART_COLOURS.items():
         heights = [row[key] for row in rows]
         if any(heights):
             ax.bar(range(len(rows)), heights, bottom=bottom, label=label, color=colour, width=0.7, linewidth=0)

@@ -52,9 +52,10 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    from spd.report.predicted_tables import predicted_tables  # made of this module's tables
+    from spd.report.method_figures import method_tables  # made of this module's tables
+    from spd.report.predicted_tables import predicted_tables
 
-    return found + predicted_tables(records)
+    return found + method_tables(records) + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -108,12 +109,17 @@ def csv_of(table: Table) -> bytes:
     return text.getvalue().encode()
 
 
-def markdown(found: Sequence[Table]) -> str:
-    parts = ["# Tables\n\nMade from the records named under each table; nothing is typed in.\n"]
+TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
+
+
+def markdown(found: Sequence[Table], title: str = TITLE) -> str:
+    parts = [title]
     for table in found:
         lines = [list(table.formats), [":--" if not form else "--:" for form in table.formats.values()], *table.cells()]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"## {table.name}\n\n{table.caption}\n\n{body}\n\nSource: {provenance(table.records)}.\n")
+        source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
+        caption = f"{table.caption}\n\n" if table.caption else ""
+        parts.append(f"## {table.name}\n\n{caption}{body}{source}\n")
     return "\n".join(parts)
 
 
