@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from spd.reference import reference
 from spd.report.captions import machine_of
@@ -29,6 +30,15 @@ and nothing about LLaMA2. **predicted**: by the latency model (`spd predict-pape
 explained in [`paper_figures/predicted/tables.md`](paper_figures/predicted/tables.md). **needs hardware or gated
 weights**: the command is there, and no record of it.
 """
+
+
+class Evidence(NamedTuple):
+    """What records say of a claim, the words of its status, the command that makes such records, and the records."""
+
+    words: str
+    status: str
+    command: str
+    records: list[Record]
 
 
 def ledger(records: Sequence[Record]) -> list[Table]:
@@ -59,13 +69,12 @@ def _row(claim: Mapping, subjects: Mapping[tuple, Sources], records: Sequence[Re
         return row | {"status": f"{claim['architecture']} is not supported"}, []
     measured = _direct(claim, subjects) or _in_kind(claim, subjects)
     found = [evidence for evidence in (measured, _predicted(claim, records)) if evidence]
-    if found:
-        words, statuses, commands, used = ([e[i] for e in found] for i in range(4))
-        used = [record for these in used for record in these]
-        machines = dict.fromkeys(map(_where, used))
-        return row | {"ours": "<br>".join(words), "on": "<br>".join(machines), "status": "<br>".join(statuses),
-                      "command": "<br>".join(f"`{c}`" for c in commands)}, used  # fmt: skip
-    return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}, []
+    if not found:
+        return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}, []
+    used = [record for evidence in found for record in evidence.records]
+    row |= {"ours": [e.words for e in found], "on": dict.fromkeys(map(_where, used)),
+            "command": [f"`{e.command}`" for e in found], "status": [e.status for e in found]}  # fmt: skip
+    return {key: value if isinstance(value, str) else "<br>".join(value) for key, value in row.items()}, used
 
 
 def _reproduce(claim: Mapping) -> str:
@@ -83,18 +92,18 @@ def _paper(claim: Mapping) -> str:
 # ---------------------------------------------------------------- three kinds of evidence, the strongest first
 
 
-def _direct(claim: Mapping, subjects: Mapping[tuple, Sources]):
+def _direct(claim: Mapping, subjects: Mapping[tuple, Sources]) -> Evidence | None:
     """On the model that the claim is about."""
     for (name, tp), sources in subjects.items():
         if "measure" in claim and (_shape(name), tp) == (claim.get("model"), claim.get("tp")):
             found = MEASURES[claim["measure"]](sources, claim)
             if found:
-                status = _verdict(claim, found[0], "reproduced", "differs") if "relation" in claim else "reproduced"
-                return f"{found[0]:.3g}", status, _reproduce(claim), [found[1]]
+                status = "reproduced" if "relation" not in claim or _holds(claim, found[0]) else "differs"
+                return Evidence(f"{found[0]:.3g}", status, _reproduce(claim), [found[1]])
     return None
 
 
-def _in_kind(claim: Mapping, subjects: Mapping[tuple, Sources]):
+def _in_kind(claim: Mapping, subjects: Mapping[tuple, Sources]) -> Evidence | None:
     """The same effect on every other model that has the records."""
     kind = claim.get("in_kind")
     if kind is None:
@@ -106,14 +115,11 @@ def _in_kind(claim: Mapping, subjects: Mapping[tuple, Sources]):
     held = sum(_holds(kind, value) for value, _ in found.values())
     values = ", ".join(f"{name} tp={tp}: {value:.3g}" for (name, tp), (value, _) in found.items())
     status = {len(found): "reproduced in kind", 0: "differs in kind"}.get(held, f"in kind, on {held} of {len(found)}")
-    return (
-        f"{kind['words']} (wanted: {kind['relation']} {kind['value']:g}): {values}",
-        status,
-        [r for _, r in found.values()],
-    )
+    words = f"{kind['words']} (wanted: {kind['relation']} {kind['value']:g}): {values}"
+    return Evidence(words, status, kind["command"], [record for _, record in found.values()])
 
 
-def _predicted(claim: Mapping, records: Sequence[Record]):
+def _predicted(claim: Mapping, records: Sequence[Record]) -> Evidence | None:
     """By the latency model, for the paper's own models and links."""
     record = newest(records, "predict-paper")
     rows = [r for r in (record["result"]["claims"] if record else []) if r["claim"] == claim["words"]]
@@ -125,22 +131,14 @@ def _predicted(claim: Mapping, records: Sequence[Record]):
         ends = sorted({f"{v:.3g}" for v in (min(values), max(values))}, key=float)
         words.append(f"{regime}: {'–'.join(ends)}")
         held.append(sum(row[f"{regime}: holds"] for row in rows))
-    return (
-        f"predicted, {'; '.join(words)}",
-        f"predicted: holds for {'/'.join(map(str, held))} of {len(rows)}",
-        PREDICT,
-        [record],
-    )
+    status = f"predicted: holds for {'/'.join(map(str, held))} of {len(rows)}"
+    return Evidence(f"predicted, {'; '.join(words)}", status, PREDICT, [record])
 
 
 def _holds(claim: Mapping, value: float) -> bool:
     if claim["relation"] == "=":
         return abs(value - claim["value"]) <= claim["tolerance"]
     return HELD[claim["relation"]](float(value), float(claim["value"]))
-
-
-def _verdict(claim: Mapping, value: float, yes: str, no: str) -> str:
-    return yes if _holds(claim, value) else no
 
 
 def _shape(name: str) -> str | None:
@@ -150,4 +148,6 @@ def _shape(name: str) -> str | None:
 
 
 def _where(record: Record) -> str:
-    return f"{model_key(record)[0]}; {machine_of(record)}" if record.get("model") else machine_of(record)
+    if record["command"] == "predict-paper":
+        return f"LLaMA2 on {record['result']['gpu'].upper()}, predicted"
+    return f"{model_key(record)[0]}; {machine_of(record)}"
