@@ -10,7 +10,7 @@ from typing import Any
 PLUMBING = ("model", "records", "reproduction", "out", "mlflow", "sensitivity", "repairs")  # options of no influence
 HEADLINE_PERCENTAGES = (50, 100)
 STEPS = ("blocks", "blocks_dropped", "index")  # of a point on a curve, the first that it has
-CURVES = ("perplexity", "accuracy", "sensitivity", "ttft_ms/median", "percent")  # which the parent run shows as well
+CURVES = ("perplexity", "average/acc", "sensitivity", "ttft_ms/median", "percent")  # which the parent run shows as well
 
 
 def params(record: Mapping[str, Any]) -> dict[str, str]:
@@ -135,10 +135,12 @@ def _of_sweep(result: Mapping[str, Any]) -> dict[str, float]:
     for point in result["curve"]:
         at = "full" if point["blocks"] == 0 else f"{point['strategy']}_{point['percent']:g}"
         if point["blocks"] == 0 or point["percent"] in HEADLINE_PERCENTAGES:
-            found |= {f"{key}/{at}": point[key] for key in ("perplexity", "accuracy") if _is_number(point.get(key))}
+            found[f"perplexity/{at}"] = point["perplexity"]
+            if "average" in point:  # of the tasks that were asked for
+                found[f"accuracy/{at}"] = point["average"]["acc"]
     full = found.get("perplexity/full")
-    rises = {name: value for name, value in found.items() if name.startswith("perplexity/") and full}
-    return found | {f"rise_percent/{n.split('/')[1]}": 100 * (v / full - 1) for n, v in rises.items() if v != full}
+    rises = {name.split("/")[1]: value for name, value in found.items() if name.startswith("perplexity/") and full}
+    return found | {f"rise_percent/{at}": 100 * (value / full - 1) for at, value in rises.items() if at != "full"}
 
 
 def _of_bench(result: Mapping[str, Any]) -> dict[str, float]:

@@ -115,7 +115,8 @@ def _in_kind(claim: Mapping, subjects: Mapping[tuple, Sources]) -> Evidence | No
     held = sum(_holds(kind, value) for value, _ in found.values())
     values = ", ".join(f"{name} tp={tp}: {value:.3g}" for (name, tp), (value, _) in found.items())
     status = {len(found): "reproduced in kind", 0: "differs in kind"}.get(held, f"in kind, on {held} of {len(found)}")
-    words = f"{kind['words']} (wanted: {kind['relation']} {kind['value']:g}): {values}"
+    wanted = kind.get("wanted", f"{kind['relation']} {kind['value']:g}")
+    words = f"{kind['words']} (wanted: {wanted}): {values}"
     return Evidence(words, status, kind["command"], [record for _, record in found.values()])
 
 

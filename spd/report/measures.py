@@ -6,7 +6,7 @@ Each takes `Sources` and the claim that asks, and gives (value, record that it i
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from spd.planner import classify
+from spd.planner import blocks_of, classify
 from spd.reference import reference
 from spd.report.records import Record, Sources, number_in, numbers_in, timings_of
 
@@ -55,18 +55,25 @@ def ttft_speedup_percent(sources: Sources, claim: Mapping) -> Finding:
 # ---------------------------------------------------------------- perplexity and accuracy against the percentage
 
 
-def _value(sources: Sources, key: str, strategy: str, percent: float) -> Finding:
-    """Of the point at a percentage, as few blocks as make it (`percent` of them, rounded)."""
+PERPLEXITY, ACCURACY, MMLU = ("perplexity",), ("average", "acc"), ("tasks", "mmlu", "acc")  # places in a point
+
+
+def _value(sources: Sources, place: tuple[str, ...], strategy: str, percent: float) -> Finding:
+    """At a percentage of the blocks, rounded as plans are; of the newest sweep that has it."""
     for record in reversed(sources.sweeps):
-        blocks = number_in(record, "model", "blocks")
-        for point in record["result"]["curve"]:
-            if point["strategy"] == strategy and point["blocks"] == int(percent / 100 * blocks + 0.5):
-                return (number_in(point | {"id": record["id"]}, key), record) if key in point else None
+        blocks = blocks_of(percent, int(number_in(record, "model", "blocks")))
+        for i, point in enumerate(record["result"]["curve"]):
+            if (point["strategy"], point["blocks"]) == (strategy, blocks) and _has(point, place):
+                return number_in(record, "result", "curve", i, *place), record
     return None
 
 
-def _difference(sources: Sources, key: str, high: tuple[str, float], low: tuple[str, float]) -> Finding:
-    first, second = (_value(sources, key, *at) for at in (high, low))
+def _has(point: Mapping, place: tuple[str, ...]) -> bool:
+    return not place or (place[0] in point and _has(point[place[0]], place[1:]))
+
+
+def _difference(sources: Sources, place: tuple, high: tuple[str, float], low: tuple[str, float]) -> Finding:
+    first, second = (_value(sources, place, *at) for at in (high, low))
     return None if first is None or second is None else (first[0] - second[0], second[1])
 
 
@@ -77,30 +84,30 @@ def _points(found: Finding) -> Finding:
 
 def accuracy_lost(sources: Sources, claim: Mapping) -> Finding:
     strategy = claim["strategy"]
-    return _points(_difference(sources, "accuracy", (strategy, 0), (strategy, claim["percent"])))
+    return _points(_difference(sources, ACCURACY, (strategy, 0), (strategy, claim["percent"])))
 
 
 def accuracy_lost_in_sensitive(sources: Sources, claim: Mapping) -> Finding:
     share = in_sensitive_percent(sources, claim)
-    return None if not share or not share[0] else accuracy_lost(sources, claim | {"percent": share[0]})
+    return None if not share or not share[0] else accuracy_lost(sources, {**claim, "percent": share[0]})
 
 
 def accuracy_recovered(sources: Sources, claim: Mapping) -> Finding:
     at = claim["percent"]
-    return _points(_difference(sources, "accuracy", (claim["strategy"], at), (claim["over"], at)))
+    return _points(_difference(sources, ACCURACY, (claim["strategy"], at), (claim["over"], at)))
 
 
 def rise_recovered_percent(sources: Sources, claim: Mapping) -> Finding:
     """How much of the perplexity's rise with `over` the strategy takes back."""
     at = claim["percent"]
-    rise = _difference(sources, "perplexity", (claim["over"], at), ("zs", 0))
-    back = _difference(sources, "perplexity", (claim["over"], at), (claim["strategy"], at))
+    rise = _difference(sources, PERPLEXITY, (claim["over"], at), ("zs", 0))
+    back = _difference(sources, PERPLEXITY, (claim["over"], at), (claim["strategy"], at))
     return None if not rise or not back or rise[0] <= 0 else (100 * back[0] / rise[0], back[1])
 
 
 def mmlu_lost(sources: Sources, claim: Mapping) -> Finding:
-    """Points at 100 %, where a sweep over the task `mmlu` is among the records."""
-    return _points(_difference(sources, "mmlu", (claim["strategy"], 0), (claim["strategy"], 100)))
+    """Points at 100 %, where a sweep was asked for the task `mmlu`."""
+    return _points(_difference(sources, MMLU, (claim["strategy"], 0), (claim["strategy"], 100)))
 
 
 # ---------------------------------------------------------------- table 1
