@@ -85,9 +85,10 @@ SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
 STAGE = $(if $(MODEL),--model "$(MODEL)") --records $(RUN)/records --reproduction $(NAME)
 ON = $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)")
 
-reproduce-tiny: $(RUN)/plan.json $(RUN)/sweep.json $(RUN)/bench.json  ## Sensitivity, plan, perplexity, latency, figures
+reproduce-tiny: $(RUN)/plan.json $(RUN)/sweep.json $(RUN)/bench.json  ## Sensitivity, plan, perplexity, latency, figures, ledger
 	$(SPD) report $(RUN)/records --out paper_figures/$(NAME) --records $(RUN)/records --reproduction $(NAME) >/dev/null
-	@echo "Figures and tables are in paper_figures/$(NAME); 'make mlflow-ui' compares runs." >&2
+	$(PYTHON) -m spd ledger experiments/records $(RUN)/records --records $(RUN)/records --out REPRODUCTION.md >/dev/null
+	@echo "Figures and tables are in paper_figures/$(NAME), claims in REPRODUCTION.md; 'make mlflow-ui' compares runs." >&2
 
 $(RUN)/asked: FORCE  # changes when another model, text or degree is asked for under the same name
 	@mkdir -p $(@D); echo '$(MODEL) $(TEXT) $(TP)' | cmp -s - $@ || echo '$(MODEL) $(TEXT) $(TP)' > $@

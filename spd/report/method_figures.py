@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -13,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from spd.reference import reference
 from spd.report.captions import machine_of
-from spd.report.figures import CLASS_COLOURS, CLASS_NAMES, PART_COLOURS, Sheet, finish, plain
+from spd.report.figures import CLASS_COLOURS, CLASS_NAMES, PART_COLOURS, Sheet, finish, plain, style
 from spd.report.measures import classes_in
 from spd.report.records import Record, Sources, full_perplexity_of, model_key, numbers_in, timings_of, value_in
 from spd.report.tables import Table
@@ -24,7 +22,7 @@ THRESHOLDS = "the paper's thresholds (τ₁ = {tau1:g}, τ₂ = {tau2:g} perplex
 def method_sheets(records: Sequence[Record], single: Sequence[Sources]) -> list[Sheet]:
     """Transfer time of every bench record chosen; shares of classes and the map, where there are several of them."""
     measured = newest_settings(records)
-    with sns.plotting_context("paper"), sns.axes_style("whitegrid"), mpl.rc_context({"svg.hashsalt": "spd"}):
+    with style():
         sheets = [_transfer(sources) for sources in single if sources.bench]
         if len(measured) > 1:
             sheets += [_classes(measured), _map(measured)]
@@ -36,13 +34,8 @@ def method_tables(records: Sequence[Record]) -> list[Table]:
     measured = newest_settings(records)
     if len(measured) < 2:
         return []
-    rows = [
-        {"model": model, "tp": tp, "text": text}
-        | {name: share for name, share in zip(CLASS_NAMES, shares, strict=True)}
-        for (model, tp, text), record in measured.items()
-        for shares in [_shares(record)]
-    ]
-    formats = {"model": "", "tp": "d", "text": "", **dict.fromkeys(CLASS_NAMES, ".1f")}
+    rows = [{"model": model, "text": text, "tp": tp, **_shares(r)} for (model, text, tp), r in measured.items()]
+    formats = {"model": "", "text": "", "tp": "d", **dict.fromkeys(CLASS_NAMES, ".1f")}
     return [Table("classes", _classes_caption(measured), rows, formats, list(measured.values()))]
 
 

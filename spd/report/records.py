@@ -245,5 +245,7 @@ def taus_of(sources: Sources) -> dict[str, float]:
 
 def provenance(records: Sequence[Record]) -> str:
     """Ids and commits of records, as written into every file made of them."""
+    if not records:
+        return "drawn from no record"
     git = {r["git"]["commit"] + (" (with local changes)" if r["git"]["dirty"] else "") for r in records if r.get("git")}
     return f"records {', '.join(r['id'] for r in records)}; commit {', '.join(sorted(git)) or 'unknown'}"

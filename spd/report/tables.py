@@ -37,6 +37,10 @@ class Table:
     def cells(self) -> list[list[str]]:
         return [[_cell(row.get(column), form) for column, form in self.formats.items()] for row in self.rows]
 
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return "\n\n".join(filter(None, (_body(self), self.caption)))
+
 
 def _cell(value: Any, form: str) -> str:
     return "" if value is None else format(value, form) if isinstance(value, (int, float)) else str(value)
@@ -109,17 +113,20 @@ def csv_of(table: Table) -> bytes:
     return text.getvalue().encode()
 
 
+def _body(table: Table) -> str:
+    lines = [list(table.formats), [":--" if not form else "--:" for form in table.formats.values()], *table.cells()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
 
 
 def markdown(found: Sequence[Table], title: str = TITLE) -> str:
     parts = [title]
     for table in found:
-        lines = [list(table.formats), [":--" if not form else "--:" for form in table.formats.values()], *table.cells()]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
         caption = f"{table.caption}\n\n" if table.caption else ""
-        parts.append(f"## {table.name}\n\n{caption}{body}{source}\n")
+        parts.append(f"## {table.name}\n\n{caption}{_body(table)}{source}\n")
     return "\n".join(parts)
 
 
