@@ -20,6 +20,7 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_is_committed_with_its_outputs(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the models are tiny: more threads would only wait for one another
     committed, now = nbformat.read(path, as_version=4), run(path)
     for notebook in (committed, now):
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
