@@ -54,7 +54,7 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny sensitivities predict ledger notebooks tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny sensitivities predict figures ledger notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -129,6 +129,11 @@ predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, 
 	rm -rf runs/predict
 	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
 	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
+
+figures: $(READY)  ## Draw paper_figures again from the committed records
+	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \
+	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow >/dev/null 2>&1; \
+	done
 
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) -m spd ledger experiments/records --out REPRODUCTION.md >/dev/null

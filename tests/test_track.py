@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spd.errors import SPDError
-from spd.mirror import MIRROR_SECONDS, mirror_to_mlflow
+from spd.mirror import MIRROR_SECONDS, _mirror, mirror_to_mlflow
 from spd.shown import curves, headline, metrics, params
 from spd.track import make_record, write_json, write_record
 
@@ -201,6 +201,9 @@ def test_a_reproduction_interrupted_and_resumed_is_one_parent_with_its_stages(tm
     assert files == {"figure.svg", f"{run.data.tags['spd.record']}.json"}
     blocks = client.get_metric_history(first, "sensitivity")
     assert sorted((m.step, m.value) for m in blocks) == [(0, 4.0), (1, 1.0)]
+    changed = {**resumed, "config": {**resumed["config"], "seed": 1}}
+    anew = client.get_run(_mirror(client, changed, [])).data.tags["mlflow.parentRunId"]
+    assert anew != parent.info.run_id and client.get_run(anew).data.params["sweep/seed"] == "1"
 
 
 @pytest.mark.parametrize("reason", ["Connection refused", "timed out|no answer"])
