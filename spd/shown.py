@@ -102,7 +102,8 @@ def _percent(plan: Mapping[str, Any]) -> float:
 
 def curves(result: Mapping[str, Any]) -> list[tuple[str, float, int]]:
     """Those of `metrics` that a reproduction's run shows as well, to be drawn over those of another reproduction."""
-    return [found for found in metrics(result) if "/" in found[0] and found[0].endswith(CURVES)]
+    shown = (found for found in metrics(result) if found[0].startswith(("curve/", "plans/", "sensitivity")))
+    return [found for found in shown if found[0].endswith(CURVES)]
 
 
 # ---------------------------------------------------------------- headline
