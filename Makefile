@@ -54,7 +54,8 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b predict tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities predict figures ledger \
+  notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +65,7 @@ help:  ## Show this list
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
 	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+	@echo "  MODELS, TPS, TEXTS   lists that sensitivities goes over"
 	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree"
 	@echo "  NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-7b and larger"
 	@echo "  EVAL_TEXT=FILE TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README"
@@ -122,7 +124,8 @@ run = @echo "$(1)" >&2; $(if $(DRY_RUN),echo '$(strip $(2)) $(strip $(3))'; $(SP
 first = $(if $(filter 0,$(NODE_RANK)),$(run),@:)
 REDONE = $(if $(DRY_RUN),FORCE)
 
-reproduce-tiny: $(FIGURES)/tables.md  ## Sensitivity, plan, perplexity, latency, figures
+reproduce-tiny: $(FIGURES)/tables.md  ## Sensitivity, plan, repairs, accuracy, latency, figures, ledger
+	$(PYTHON) -m spd ledger experiments/records $(RUN)/records --records $(RUN)/records --out REPRODUCTION.md >/dev/null
 
 # Each degree is a make of its own: $(call paper,EXPERIMENT,DEGREES,PROCESSES A NODE where NPROC does not say); never more
 # processes than shards.
@@ -194,10 +197,33 @@ runs/reproduce-$(SHAPE)-shape-only/model: | $(READY)
 FORCE:
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself
 
+MODELS := spd-tiny
+TPS := 2 4 8
+TEXTS := builtin builtin-train
+sensitivities: $(READY)  ## Sensitivities and classes over MODELS, TPS and TEXTS: the paper's figures 4 and 6
+	@set -e; for model in $(MODELS); do for tp in $(TPS); do for text in $(TEXTS); do \
+	  at=runs/sensitivities/$$(basename $$model)-tp$$tp-$$(basename $$text); echo "$$at" >&2; \
+	  test -e $$at/plan.json && continue; set -- --records runs/sensitivities/records; \
+	  $(PYTHON) -m spd sensitivity --model $$model --tp $$tp --text $$text --windows 64 --out $$at/sensitivity.json "$$@" >/dev/null; \
+	  $(PYTHON) -m spd plan $$at/sensitivity.json --out $$at/plan.json "$$@" >/dev/null; \
+	done; done; done
+	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs >/dev/null
+
 predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
 	rm -rf runs/predict
 	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
 	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
+
+figures: $(READY)  ## Draw paper_figures again from the committed records
+	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \
+	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow >/dev/null 2>&1; \
+	done
+
+ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
+	$(PYTHON) -m spd ledger experiments/records --out REPRODUCTION.md >/dev/null
+
+notebooks: $(READY)  ## Run the notebooks and keep what they show in them
+	$(PYTHON) -m spd.notebooks notebooks
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spd import track
+from spd import mirror, track
 from spd.comm import Replicas
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
@@ -129,7 +129,7 @@ class Session:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command not in ("report", "export"):
+        if o.out is not None and self.command not in ("report", "ledger", "export"):
             track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
@@ -138,4 +138,4 @@ class Session:
         path = track.write_record(record, o.records)
         print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
         if o.mlflow:
-            track.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or track.DEFAULT_TRACKING_URI)
+            mirror.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or mirror.DEFAULT_TRACKING_URI)
