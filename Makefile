@@ -54,7 +54,7 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny predict tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny predict bench-peers check-prediction bench-gpu tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -115,6 +115,12 @@ predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, 
 	rm -rf runs/predict
 	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
 	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
+
+bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same threads, one run (under ten minutes)
+	rm -rf runs/bench-peers
+	$(PYTHON) -m spd bench-peers $(ARGS) --records runs/bench-peers --reproduction peers >/dev/null
+	$(PYTHON) -m spd report runs/bench-peers --out paper_figures/peers --records runs --reproduction peers >/dev/null
+	@sed -n '/^| /p' paper_figures/peers/tables.md
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
+from spd.kernels import linear
 from spd.plan import Plan, Policy
 
 
 def shard_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Each shard's own linear map: (S or 1, B, T, in) with weights (S, out, in) gives (S, B, T, out)."""
     shards, width, _ = weight.shape
-    if shards == 1 or x.shape[0] == 1:  # one input for all: a single dense product
-        y = F.linear(x[0], weight.flatten(0, 1)).unflatten(-1, (shards, width)).movedim(-2, 0)
+    if shards == 1:
+        y = linear(x[0], weight[0])[None]
+    elif x.shape[0] == 1:  # one input for all: a single dense product
+        y = linear(x[0], weight.flatten(0, 1)).unflatten(-1, (shards, width)).movedim(-2, 0)
     else:
         y = torch.bmm(x.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
     return y if bias is None else y + bias[:, None, None]
@@ -82,23 +85,31 @@ def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:
 
 
 class Rotary(nn.Module):
-    """Cosines and sines (positions, d), computed up to the longest position asked for."""
+    """Cosines and signed sines (positions, d), computed up to the longest position asked for and kept."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.frequencies, self.factor = config.rotary_frequencies()
+        self.kept = torch.empty(2, 0, config.head_dim)
+
+    def table(self, length: int, like: Tensor) -> Tensor:
+        """(2, at least `length`, d) in dtype and place of `like`; the first half of the sines is negative."""
+        if self.kept.shape[1] < length or self.kept.dtype != like.dtype or self.kept.device != like.device:
+            length = -(-length // 256) * 256  # decoding asks for one more position every time
+            angles = torch.outer(torch.arange(length, dtype=torch.float), self.frequencies)
+            cos, sin = (f(angles) * self.factor for f in (torch.cos, torch.sin))
+            self.kept = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(like)
+        return self.kept
 
     def forward(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, d) each, for positions start..start+T-1, in the dtype of `like`."""
-        positions = torch.arange(start, start + tokens, dtype=torch.float)
-        angles = torch.outer(positions, self.frequencies).repeat(1, 2)
-        return tuple((f(angles) * self.factor).to(like) for f in (torch.cos, torch.sin))
+        """(T, d) each, for positions start..start+T-1."""
+        cos, sin = self.table(start + tokens, like)[:, start : start + tokens]
+        return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of Hugging Face checkpoints: (..., T, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding in the half-split layout of Hugging Face checkpoints: (..., T, d); `sin` carries the signs."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -113,8 +124,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, context: "Context") -> tuple[Tensor, Tensor, Tensor]:
         """Queries (S, B, h, T, d), keys and values (S, B, g, T, d), after the rotary embedding."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)
-        q, k, v = heads.split((self.h, self.g, self.g), dim=2)
-        return rotate(q, *context.rotary), rotate(k, *context.rotary), v
+        rotated, v = rotate(heads[:, :, : -self.g], *context.rotary), heads[:, :, -self.g :]
+        return *rotated.split((self.h, self.g), dim=2), v
 
     def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
@@ -218,7 +229,7 @@ class Transformer(nn.Module):
     def logits(self, stream: Stream) -> Tensor:
         """Flushes what is pending; (B, T, vocabulary)."""
         head = self.embedding if self.head is None else self.head
-        return F.linear(self.norm(self.shards.flush(stream).x), head.weight)
+        return linear(self.norm(self.shards.flush(stream).x), head.weight)
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None, last_only: bool = False

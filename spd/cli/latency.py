@@ -60,6 +60,34 @@ def bench(
         session.publish(result, described, tp)
 
 
+@app.command("bench-peers")
+def bench_peers(
+    context: typer.Context,
+    shapes: Annotated[str, typer.Option(help="Named shapes with random weights.")] = "llama-8m,llama-125m,llama3.2-1b",
+    dtypes: Annotated[str, typer.Option(help="Of weights and arithmetic.")] = "float32,bfloat16",
+    degrees: Annotated[str, typer.Option(help="Processes, one shard each.")] = "1,2",
+    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
+    prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT.", min=1)] = 8,
+    seconds: Annotated[float, typer.Option(help="Repetitions of a row; from 5 to 50 of them in any case.")] = 20.0,
+    seed: Seed = 0, out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """Time to first token and per output token beside transformers': same weights, same threads, interleaved.
+
+    On CPU. With several processes the peer is transformers' own tensor parallelism.
+    """
+    from spd.peers import compare_all, degrees_of
+    from spd.progress import bar
+
+    with open_session(context) as session:
+        asked = shapes.split(","), dtypes.split(","), degrees_of(degrees)
+        rows = len(asked[0]) * len(asked[1]) * len(asked[2])
+        setting = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens}
+        with bar(rows, "rows") as done:
+            result = compare_all(*asked, done, seconds=seconds, seed=seed, **setting)
+        session.publish(result | setting)
+
+
 @app.command("predict")
 def predict_(
     context: typer.Context,

@@ -6,7 +6,8 @@ from pathlib import Path
 from spd.report.records import Record, Sources, curves_of, model_key, number_in, taus_of, timings_of, value_in
 
 
-def _machine(record: Record) -> str:
+def machine_of(record: Record) -> str:
+    """GPUs, or the CPU and its cores."""
     hardware = record["hardware"]
     gpus = [f"{len(list(same))} × {name}" for name, same in groupby(sorted(hardware.get("gpus") or []))]
     return (
@@ -33,13 +34,13 @@ def sensitivity_caption(sources: Sources) -> str:
     if sources.plan is not None:
         budget = number_in(sources.plan, "result", "budget", "blocks")
         words += f"; colours are the plan's classes, pale bars blocks outside its budget of {budget}"
-    return f"{words}. {_subject(record)}; {_data_words(record)}; {_machine(record)}."
+    return f"{words}. {_subject(record)}; {_data_words(record)}; {machine_of(record)}."
 
 
 def perplexity_caption(sources: Sources) -> str:
     record = sources.sweeps[-1]
     words = "Perplexity against the share of blocks that drop their attention sync point;"
-    return f"{words} dashed: every sync point kept. {_subject(record)}; {_data_words(record)}; {_machine(record)}."
+    return f"{words} dashed: every sync point kept. {_subject(record)}; {_data_words(record)}; {machine_of(record)}."
 
 
 def _setting(record: Record) -> str:
@@ -59,7 +60,7 @@ def ttft_caption(sources: Sources) -> str:
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
     emulated = any(row["emulated_ms"] for row in timings_of(record))
     words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
-    return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {_machine(record)}."
+    return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {machine_of(record)}."
 
 
 def _same_blocks(sources: Sources) -> str:
@@ -83,4 +84,4 @@ def overview_caption(sources: Sources) -> str:
         words.append(f"{model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
     places = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
     placed = [f"{place}: {text}" for place, text in zip(places, words, strict=False)]
-    return " ".join([*placed, f"{_machine(sources.present()[-1])}."])
+    return " ".join([*placed, f"{machine_of(sources.present()[-1])}."])

@@ -52,9 +52,10 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    from spd.report.predicted_tables import predicted_tables  # made of this module's tables
+    from spd.report.peer_tables import peer_tables  # made of this module's tables, as are
+    from spd.report.predicted_tables import predicted_tables
 
-    return found + predicted_tables(records)
+    return found + peer_tables(records) + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -128,11 +129,26 @@ HEADINGS = {
     "emulated_ms": "link\nms",
     "tpot_median_ms": "TPOT\nms",
     "sensitivity_nats": "nats",
+    "transformers_ttft_ms": "transf.\nTTFT ms",
+    "transformers_tpot_ms": "transf.\nTPOT ms",
+    "spd_ttft_ms": "spd\nTTFT ms",
+    "spd_tpot_ms": "spd\nTPOT ms",
     "increase_percent": "increase\n%",
     "reduction": "reduc-\ntion",
     "speedup": "speed-\nup",
 }
-TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+TERMINAL_LEAVES_OUT = {
+    "spd_ttft_iqr",
+    "spd_tpot_iqr",
+    "transformers_ttft_iqr",
+    "transformers_tpot_iqr",
+    "plan",
+    "ttft_min_ms",
+    "repeats",
+    "count",
+    "bytes",
+    "tpot_spread_ms",
+}
 
 
 def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
