@@ -120,7 +120,19 @@ bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same 
 	rm -rf runs/bench-peers
 	$(PYTHON) -m spd bench-peers $(ARGS) --records runs/bench-peers --reproduction peers >/dev/null
 	$(PYTHON) -m spd report runs/bench-peers --out paper_figures/peers --records runs --reproduction peers >/dev/null
-	@sed -n '/^| /p' paper_figures/peers/tables.md
+
+# The predictor against measurement: fitted to some sizes, prompts, links and percentages, checked on others.
+CHECK := runs/check-prediction
+TIMED = $(PYTHON) -m spd bench --tp 2 --new-tokens 4 --repeats 15 --no-mlflow --reproduction check-prediction
+check-prediction: $(READY)  ## Calibrate the latency model on this machine; errors on what it was not fitted to (minutes)
+	rm -rf $(CHECK)
+	set -e; for shape in llama-8m llama-125m; do for tokens in 64 160; do for link in 1GBps,1ms 200MBps,2ms; do \
+	  $(TIMED) --shape $$shape --prompt-len $$tokens --link $$link --records $(CHECK)/fitted >/dev/null; done; done; done
+	set -e; for of in "llama-33m 96" "llama-33m 128" "llama-8m 128" "llama-125m 128"; do set -- $$of; \
+	  $(TIMED) --shape $$1 --prompt-len $$2 --link 500MBps,1500us --percentages 0,50,100 --records $(CHECK)/checked >/dev/null; done
+	$(PYTHON) -m spd profile $(CHECK)/fitted --check $(CHECK)/checked --statistic min --out $(CHECK)/machine.json \
+	  --records $(CHECK)/records --reproduction check-prediction >/dev/null
+	$(PYTHON) -m spd report $(CHECK)/records --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)

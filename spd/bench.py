@@ -2,12 +2,11 @@
 
 Plans are compared in one run, interleaved: every repetition times each plan once, in an order of its own, so that
 drift of the machine, and what a plan leaves behind for the next, meet all of them alike. Three bounds are always
-measured beside them.
+measured beside them, and a fourth is computed: what the rates of the machine, measured in the same run, allow.
 """
 
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
 from spd.pretrained import SPDModel, describe, display_name, resolve
 from spd.progress import bar
+from spd.roofline import clock, described, floors, measure
 from spd.track import hardware
 
 BOUNDS = ("all_full", "all_attention_dropped", "no_communication")
@@ -57,7 +57,9 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
     """Times the plans and the bounds on this process group; every process must call it.
 
     Returns:
-        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms` and `collectives` of the prefill by sync point.
+        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms` and `collectives` of the prefill by sync point, the
+        `floor` that the `rates` allow it, and, where it removes all-reduces, `saved`: the TTFT it saves beside the
+        time that those all-reduces take when everything is full.
 
     Raises:
         SPDError: a shape or model that cannot be split over the processes, or a prompt beyond its positions.
@@ -72,9 +74,14 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
     bounds = [Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks)), Plan.full(blocks)]
     bounds = list(zip(bounds, (False, False, True), strict=True))
     cases = list(dict.fromkeys([(plan, False) for plan in plans] + bounds))  # a plan that is a bound is timed once
-    samples = _interleaved(model, cases, settings, progress)
-    rows = {case: _row(*case, taken) for case, taken in zip(cases, samples, strict=True)}
+    samples = dict(zip(cases, _interleaved(model, cases, settings, progress), strict=True))
+    rates = measure(model, settings.batch, settings.prompt_len)
+    rows = {case: _row(*case, taken) | _gained(samples[bounds[0]], taken) for case, taken in samples.items()}
+    for (plan, silent), row in rows.items():
+        syncs = 0 if silent else plan.syncs()
+        row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, syncs)
     return {
+        "rates": described(rates),
         "plans": [rows[plan, False] for plan in plans],
         "bounds": {name: rows[case] for name, case in zip(BOUNDS, bounds, strict=True)},
     }
@@ -120,20 +127,14 @@ def _once(model: Transformer, prompt: torch.Tensor, cache, new_tokens: int) -> _
     model.shards.align()
     model.shards.take_collectives()
     cache.length = 0
-    start = _clock(prompt)
+    start = clock(prompt)
     token = model(prompt, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-    first = _clock(prompt)
+    first = clock(prompt)
     collectives = model.shards.take_collectives()
     for _ in range(new_tokens):
         token = model(token, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-    last = _clock(prompt)
+    last = clock(prompt)
     return _Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
-
-
-def _clock(like: torch.Tensor) -> float:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    return time.perf_counter()
 
 
 def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
@@ -145,6 +146,27 @@ def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
         "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
         "collectives": {point: _collective(c) for point, c in _typical(samples).collectives.items()},
     }
+
+
+def _gained(full: list[_Sample], samples: list[_Sample]) -> dict:
+    """TTFT saved against `full` of the same repetition, and the time in it of the all-reduces left out; medians.
+
+    Nothing where no all-reduce is left out, or where none is timed (GPUs).
+    """
+    removed = statistics.median(_removed(*pair) for pair in zip(full, samples, strict=True))
+    if removed <= 0:
+        return {}
+    saved = statistics.median(f.ttft - s.ttft for f, s in zip(full, samples, strict=True))
+    return {"saved": {"saved_ms": 1e3 * saved, "removed_ms": 1e3 * removed, "share": saved / removed}}
+
+
+def _removed(full: _Sample, sample: _Sample) -> float:
+    """Seconds that the all-reduces missing in `sample` took in `full`, by the mean of their sync point."""
+    seconds = 0.0
+    for point, spent in full.collectives.items():
+        left = sample.collectives.get(point, Collective()).count
+        seconds += (spent.count - left) / spent.count * (spent.real_seconds + spent.emulated_seconds)
+    return seconds
 
 
 def _typical(samples: list[_Sample]) -> _Sample:
@@ -198,6 +220,8 @@ def plans_to_time(
     if sensitivity is not None:
         values = read_sensitivity(sensitivity, described["fingerprint"])["sensitivity"]
         chosen += plans_by_percentage(values, percentages).values()
+    elif percentages is not None:  # which blocks they are changes no timing
+        chosen += plans_by_percentage([0.0] * blocks, percentages).values()
     return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)])), described
 
 

@@ -15,8 +15,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     faster than MKL's where this was measured (Zen 4: prompts and single tokens alike), so they go there too; it knows
     no gradients, so only where none are recorded.
     """
-    eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if ONEDNN and eager and x.dtype is torch.float32 and x.device.type == "cpu":
-        if x.numel() * weight.shape[0] >= SMALL:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    eager = ONEDNN and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    float32 = x.dtype is torch.float32 and x.device.type == "cpu"
+    if eager and float32 and x.numel() * weight.shape[0] >= SMALL:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)

@@ -154,9 +154,12 @@ def _once(engine: Engine, prompt: Tensor, new_tokens: int) -> tuple[float, float
 
 
 def compare_all(
-    shapes: Sequence[str], dtypes: Sequence[str], degrees: Sequence[int], progress: Callable[[int], None] = lambda n: None,
+    shapes: Sequence[str],
+    dtypes: Sequence[str],
+    degrees: Sequence[int],
+    progress: Callable[[int], None] = lambda n: None,
     **more,
-) -> dict:  # fmt: skip
+) -> dict:
     """The whole table: a row for every shape, dtype and degree.
 
     Raises:

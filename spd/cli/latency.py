@@ -12,7 +12,6 @@ from spd.cli.options import (
     Dtype,
     MLflow,
     Out,
-    Percentages,
     Records,
     Reproduction,
     Seed,
@@ -35,7 +34,10 @@ def bench(
     sensitivity: Annotated[
         Path | None, typer.Option(help="Compare plans that drop the least sensitive blocks of this file first.")
     ] = None,
-    percentages: Percentages = None,
+    percentages: Annotated[
+        str | None,
+        typer.Option(help="Percentages of blocks to drop, as in 0,25,50; without --sensitivity the first blocks."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT; 0 leaves it out.", min=0)] = 16,
@@ -146,6 +148,9 @@ def profile(
     check: Annotated[
         list[Path] | None, typer.Option(help="Records to predict, not to fit; give it again for more.")
     ] = None,
+    statistic: Annotated[
+        str, typer.Option(help="Time of a plan's repetitions: median, or min (others on the machine only lengthen it).")
+    ] = "median",
     out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Calibrate the latency model on measurements of this machine, for 'predict --calibration'.
@@ -156,7 +161,8 @@ def profile(
     from spd.report import load_records
 
     with open_session(context) as session:
-        session.publish(calibrate(_benches(load_records(bench_records)), _benches(load_records(check or []))))
+        fitted, checked = (_benches(load_records(paths)) for paths in (bench_records, check or []))
+        session.publish(calibrate(fitted, checked, statistic))
 
 
 def _benches(records: list[dict]) -> list[dict]:

@@ -25,8 +25,8 @@ def _peers(record: Record) -> Table:
     if any("why_not" in row for row in rows):
         formats |= {"why_not": ""}
     formats |= {"repeats": "d", "logits_differ": ".1e"}
-    setting = ", ".join(f"{number_in(record, 'result', key)} {words}" for key, words in
-                        (("batch", "sequence"), ("prompt_len", "prompt tokens"), ("new_tokens", "decoded")))  # fmt: skip
+    said = {"batch": "in the batch", "prompt_len": "prompt tokens", "new_tokens": "decoded"}
+    setting = ", ".join(f"{number_in(record, 'result', key)} {words}" for key, words in said.items())
     caption = (
         "Time to first token and per output token beside transformers"
         f" {value_in(record, 'versions', 'transformers')} (SDPA; with tp processes its own tensor parallelism, tp_plan"
