@@ -134,6 +134,12 @@ check-prediction: $(READY)  ## Calibrate the latency model on this machine; erro
 	  --records $(CHECK)/records --reproduction check-prediction >/dev/null
 	$(PYTHON) -m spd report $(CHECK)/records --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
 
+ON_GPU = $(PYTHON) -m spd bench --device cuda --dtype bfloat16 --compile --new-tokens 64 --records runs/bench-gpu
+bench-gpu: $(READY)  ## On a GPU: 7B with random weights, and rank 0's share of 70B at tp=8, compiled and as CUDA graphs
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('bench-gpu times on a GPU, and torch sees none.')"
+	$(ON_GPU) --shape llama2-7b
+	$(ON_GPU) --shape llama2-70b --tp 8 --alone --link $(or $(LINK),300GBps,25us) --drop none --drop all
+
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)
 

@@ -78,6 +78,29 @@ class KVCache:
         values[..., self.length : end, :] = v
         return keys[..., :end, :], values[..., :end, :]
 
+    def advance(self, tokens: int) -> None:
+        """After a pass over `tokens` new tokens."""
+        self.length += tokens
+
+
+class StaticKVCache(KVCache):
+    """The keys and values of another cache, read whole: no shape depends on how many tokens are held.
+
+    For decoding one token at a time by code that is compiled or captured once: `position` (1,), where the next token
+    goes, is data on the device.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.blocks, self.length = cache.blocks, 0
+        self.position = torch.zeros(1, dtype=torch.long, device=cache.blocks.device)
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.blocks[block]
+        return keys.index_copy_(-2, self.position, k), values.index_copy_(-2, self.position, v)
+
+    def advance(self, tokens: int) -> None:
+        self.position += tokens
+
 
 def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:
     """Where tp exceeds the key/value heads they are replicated: one on each shard."""
@@ -194,6 +217,17 @@ class Context:
             self.mask = attention_mask(past, tokens, valid.expand(x.shape[0], -1))
 
 
+class StaticContext(Context):
+    """Of one token at a `StaticKVCache`'s position."""
+
+    def __init__(self, rotary: Rotary, x: Tensor, cache: StaticKVCache):
+        capacity = cache.blocks.shape[-2]
+        self.cache, self.causal = cache, False
+        self.rotary = tuple(rotary.table(capacity, x).index_select(1, cache.position))
+        self.mask = (torch.arange(capacity, device=x.device) <= cache.position).view(1, 1, 1, capacity)
+        self.mask = self.mask.expand(x.shape[0], -1, -1, -1)
+
+
 def attention_mask(past: int, tokens: int, valid: Tensor) -> Tensor:
     """(B, 1, T, past + T), True where a query may look. Padding looks at itself, lest its softmax be empty."""
     queries = torch.arange(past, past + tokens, device=valid.device)[:, None]
@@ -221,6 +255,8 @@ class Transformer(nn.Module):
         return Stream(self.embedding(tokens))
 
     def context(self, stream: Stream, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
+        if isinstance(cache, StaticKVCache):
+            return StaticContext(self.rotary, stream.x, cache)
         return Context(self.rotary, stream.x, cache, valid)
 
     def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
@@ -243,7 +279,7 @@ class Transformer(nn.Module):
         for i, policies in enumerate(self.plan.blocks):
             stream = self.run_block(i, stream, policies, context)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         if last_only:
             stream = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
         return self.logits(stream)

@@ -18,7 +18,9 @@ from spd.machines import Costs, FittedAllReduce, Machine
 from spd.model import Transformer
 from spd.work import Pass
 
-LARGEST = 256 * 2**20  # bytes read to find the memory's rate, at most; smaller models are read whole, as cached
+# Bytes read to find the memory's rate, at most; smaller models are read whole, from caches if they fit there. A GPU
+# needs enough of them to hide what launching takes.
+LARGEST = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 REPEATS = 10
 
 
@@ -38,7 +40,7 @@ def measure(model: Transformer, batch: int, prompt_len: int) -> Rates:
     prompt = torch.randn(batch * prompt_len, config.hidden_size).to(weight)
     product = _best(lambda: linear(prompt, weight), model.shards, prompt)
     matrices = [block.mlp.gate_up.weight[0] for block in model.blocks]
-    matrices = matrices[: max(1, LARGEST // (weight.numel() * weight.element_size()))]
+    matrices = matrices[: max(1, LARGEST[weight.device.type] // (weight.numel() * weight.element_size()))]
     one = prompt[:1].contiguous()
     read = _best(lambda: [linear(one, matrix) for matrix in matrices], model.shards, prompt)
     rows = {"ttft": batch * prompt_len, "tpot": batch}
@@ -58,7 +60,7 @@ def _best(function, shards: Shards, like: torch.Tensor) -> float:
 
 
 def _all_reduce(tensor: torch.Tensor, shards: Shards) -> float:
-    return _best(lambda: dist.all_reduce(tensor, group=shards.group), shards, tensor) if shards.world > 1 else 0.0
+    return _best(lambda: dist.all_reduce(tensor, group=shards.group), shards, tensor) if dist.is_initialized() else 0.0
 
 
 def clock(like: torch.Tensor) -> float:

@@ -45,6 +45,12 @@ def bench(
         str | None, typer.Option(help="Emulated link, waited for at every all-reduce, as in 10GBps,20us.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each plan.", min=1)] = 20,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="By torch.compile with static shapes; on GPUs also CUDA graphs.")
+    ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Time rank 0's shard by itself; its all-reduces are predicted over --link.")
+    ] = False,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
@@ -57,7 +63,8 @@ def bench(
     with open_session(context) as session:
         letters, described = plans_to_time(model, shape, tp, plan or [], drop or [], sensitivity, numbers(percentages))
         settings = BenchSettings(letters, model, shape, batch, prompt_len, new_tokens, link, repeats,
-                                 dtype=dtype, seed=seed)  # fmt: skip
+                                 dtype=dtype, seed=seed, compile=compile_,
+                                 share_of=tp if alone else None)  # fmt: skip
         result = run(session.runtime, tp, settings)
         session.publish(result, described, tp)
 
