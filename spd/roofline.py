@@ -71,19 +71,25 @@ def clock(like: torch.Tensor) -> float:
 
 
 def floors(rates: Rates, model: Transformer, batch: int, prompt_len: int, new_tokens: int, syncs: int) -> dict:
-    """Least TTFT and TPOT (ms) of a plan with `syncs` all-reduces a pass."""
+    """Least TTFT and TPOT (ms) of a plan with `syncs` all-reduces a pass, and what of them is all-reduces."""
     shards, size = model.shards, model.embedding.weight.element_size()
     nowhere = Machine("", Costs(0, 0, 0, 0, 0), size), FittedAllReduce({}, 0)
     setting = Setting(model.config, *nowhere, shards.tp, batch, prompt_len, max(1, new_tokens))
     passes = {"ttft": setting.prefill(), "tpot": setting.decode()}
-    return {f"{kind}_ms": 1e3 * _floor(rates, a_pass, kind, shards, syncs) for kind, a_pass in passes.items()}
+    found = {}
+    for kind, a_pass in passes.items():
+        waiting = syncs * (rates.all_reduce[kind] + _link_seconds(shards, a_pass))
+        found |= {f"{kind}_ms": 1e3 * (_computing(rates, a_pass) + waiting), f"{kind}_communication_ms": 1e3 * waiting}
+    return found
 
 
-def _floor(rates: Rates, a_pass: Pass, kind: str, shards: Shards, syncs: int) -> float:
+def _computing(rates: Rates, a_pass: Pass) -> float:
     work = a_pass.work()
-    computing = max(work.flops / rates.flops, work.weight_bytes / rates.bytes)
-    link = 0.0 if shards.link is None else shards.link.all_reduce_seconds(a_pass.payload, a_pass.tp)
-    return computing + syncs * (rates.all_reduce[kind] + link)
+    return max(work.flops / rates.flops, work.weight_bytes / rates.bytes)
+
+
+def _link_seconds(shards: Shards, a_pass: Pass) -> float:
+    return 0.0 if shards.link is None else shards.link.all_reduce_seconds(a_pass.payload, a_pass.tp)
 
 
 def described(rates: Rates) -> dict:

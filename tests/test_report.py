@@ -107,7 +107,9 @@ def _rows(path: Path) -> list[dict]:
 
 def test_every_figure_and_table_is_written_once(made):
     _, out, result = made
-    names = {f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "overview") for form in ("svg", "png")}
+    names = {
+        f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "transfer", "overview") for form in ("svg", "png")
+    }
     names |= {"sensitivity.csv", "perplexity.csv", "ttft.csv", "tables.md"}
     assert {Path(file).name for file in result["files"]} == names == {file.name for file in out.iterdir()}
     json.dumps(result)

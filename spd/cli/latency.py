@@ -107,7 +107,9 @@ def predict_(
     link: Annotated[
         str | None, typer.Option(help="Slowest hop and latency, as in 25GBps,10us; left out: the measured all-reduce.")
     ] = None,
-    percent: Annotated[float, typer.Option(help="Percentage of blocks that drop their attention sync.")] = 70.0,
+    percent: Annotated[
+        str, typer.Option(help="Percentage of blocks that drop their attention sync, or several as in 0,25,50.")
+    ] = "70",
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded; TPOT is their mean.", min=1)] = 16,
@@ -124,7 +126,7 @@ def predict_(
 
     with open_session(context) as session:
         result, config = ask(
-            shape, percent, tp, gpu_name=gpu, nodes=nodes, link=link, calibration=calibration, batch=batch,
+            shape, numbers(percent), tp, gpu_name=gpu, nodes=nodes, link=link, calibration=calibration, batch=batch,
             prompt_len=prompt_len, new_tokens=new_tokens, launch_us=launch_us,
         )  # fmt: skip
         session.publish(result, describe(config, shape, f"shape-{shape}"), tp)

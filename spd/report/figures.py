@@ -15,7 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from spd.report.captions import overview_caption, perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.captions import (
+    overview_caption,
+    perplexity_caption,
+    sensitivity_caption,
+    transfer_caption,
+    ttft_caption,
+)
 from spd.report.records import (
     Record,
     Sources,
@@ -146,6 +152,9 @@ def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     error = [row["ttft_spread_ms"] / 2 for row in rows]
     ax.errorbar(range(len(rows)), bottom, error, fmt="none", ecolor="0.15", elinewidth=1, capsize=3)
+    if all("formula_ms" in row for row in rows):
+        formula = [row["formula_ms"] for row in rows]
+        ax.plot(range(len(rows)), formula, "D:", color=_PURPLE, markersize=3.5, linewidth=1, label="by formula")
     bounds = sources.bench["result"].get("bounds") or {}
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = number_in(sources.bench, "result", "bounds", name, "ttft_ms", "median")
@@ -155,6 +164,21 @@ def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     ax.set(xlabel="blocks dropped", ylabel="time to first token (ms)")
     ax.grid(visible=False, axis="x")
     _legend_above(ax, narrow=narrow)
+
+
+def _panel_transfer(ax: Axes, sources: Sources) -> None:
+    rows = timings_of(sources.bench)
+    percent, emulated = [row["percent"] for row in rows], [row["emulated_ms"] for row in rows]
+    total = [row["emulated_ms"] + row["real_ms"] for row in rows]
+    if any(emulated):
+        ax.fill_between(percent, emulated, color="0.8", label="emulated link")
+    ax.fill_between(percent, emulated, total, color=_pale(_ORANGE), label="real all-reduces")
+    ax.plot(percent, total, marker="o", markersize=4, color=_ORANGE, label="transfer time", clip_on=False, zorder=3)
+    if total[0]:
+        ax.annotate(f"{100 * (total[-1] / total[0] - 1):+.0f} %".replace("-", "−"), (percent[-1], total[-1]), (-4, 8),
+                    textcoords="offset points", ha="right")  # fmt: skip
+    ax.set(xlabel="blocks dropped (%)", ylabel="transfer time (ms)", xlim=(-2, 102), ylim=(0, None))
+    ax.legend(loc="lower left")
 
 
 def _stride(count: int, most: int) -> int:
@@ -244,6 +268,8 @@ def sheets(single: Sequence[Sources], combined: Sequence[Sources]) -> list[Sheet
                 width = max(6.4, 2 + 0.7 * len(timings_of(s.bench)))
                 figure = _figure_single(_panel_ttft, ttft_caption(whole), s, width)
                 sheets.append(Sheet("ttft" + s.suffix, "Time to first token", ttft_caption(whole), [s.bench], figure))
+                figure = _figure_single(_panel_transfer, transfer_caption(s), s, 6.4)
+                sheets.append(Sheet("transfer" + s.suffix, "Transfer time", transfer_caption(s), [s.bench], figure))
         for s in combined:
             if len([x for x in (s.sensitivity, s.sweeps, s.bench) if x]) > 1:
                 figure = _figure_overview(s)

@@ -21,7 +21,7 @@ def _peers(record: Record) -> Table:
     for kind in ("ttft", "tpot"):
         for engine in ENGINES:
             formats |= {f"{engine}_{kind}_ms": ".2f", f"{engine}_{kind}_iqr": ".2f"}
-        formats |= {f"{kind}_ratio": ".2f"}
+        formats |= {f"{kind}_ratio": ".2f", f"{kind}_ratio_of_least": ".2f"}
     if any("why_not" in row for row in rows):
         formats |= {"why_not": ""}
     formats |= {"repeats": "d", "logits_differ": ".1e"}
@@ -31,7 +31,8 @@ def _peers(record: Record) -> Table:
         "Time to first token and per output token beside transformers"
         f" {value_in(record, 'versions', 'transformers')} (SDPA; with tp processes its own tensor parallelism, tp_plan"
         " auto over gloo): the same random weights, the same threads a process, medians of interleaved repetitions and"
-        " their interquartile range. ratio = transformers / spd, above 1 where spd is ahead; logits_differ: the"
+        " their interquartile range. ratio = transformers / spd, above 1 where spd is ahead, of the medians"
+        " and of the least times; logits_differ: the"
         f" largest difference of the first token's logits. {setting}; {machine_of(record)}."
     )
     return Table("peers", caption, rows, formats, [record])
@@ -46,4 +47,7 @@ def _row(record: Record, i: int) -> dict:
             for kind in ("ttft", "tpot"):
                 row[f"{engine}_{kind}_ms"] = number_in(record, "result", "rows", i, engine, f"{kind}_ms", "median")
                 row[f"{engine}_{kind}_iqr"] = number_in(record, "result", "rows", i, engine, f"{kind}_ms", "spread")
-    return row | {f"{kind}_ratio": ratio for kind, ratio in source.get("ratio", {}).items()}
+    for kind, ratio in source.get("ratio", {}).items():
+        ours, theirs = (number_in(record, "result", "rows", i, e, f"{kind}_ms", "min") for e in ENGINES)
+        row |= {f"{kind}_ratio": ratio, f"{kind}_ratio_of_least": theirs / ours}
+    return row

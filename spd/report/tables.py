@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError
-from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.captions import perplexity_caption, rates_words, sensitivity_caption, ttft_caption
 from spd.report.records import (
     Record,
     Sources,
@@ -98,6 +98,11 @@ def _ttft_table(sources: Sources) -> Table:
     if any("tpot_median_ms" in row for row in rows):
         formats |= {"tpot_median_ms": ".3f", "tpot_spread_ms": ".3f"}
     caption = ttft_caption(sources) + " reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+    bounded = {"saved_share": ".3f", "formula_ms": ".3f", "ttft_of_bound": ".3f", "tpot_of_bound": ".3f"}
+    found = {key: form for key, form in bounded.items() if any(key in row for row in rows)}
+    if found:
+        formats |= found
+        caption += " " + rates_words(sources.bench)
     return Table("ttft" + sources.suffix, caption, rows, {**formats, "plan": ""}, [sources.bench])
 
 
@@ -129,6 +134,7 @@ HEADINGS = {
     "emulated_ms": "link\nms",
     "tpot_median_ms": "TPOT\nms",
     "sensitivity_nats": "nats",
+    "saved_share": "saved/\nremoved",
     "transformers_ttft_ms": "transf.\nTTFT ms",
     "transformers_tpot_ms": "transf.\nTPOT ms",
     "spd_ttft_ms": "spd\nTTFT ms",
@@ -138,6 +144,13 @@ HEADINGS = {
     "speedup": "speed-\nup",
 }
 TERMINAL_LEAVES_OUT = {
+    "threads",
+    "logits_differ",
+    "ttft_ratio_of_least",
+    "tpot_ratio_of_least",
+    "formula_ms",
+    "ttft_of_bound",
+    "tpot_of_bound",
     "spd_ttft_iqr",
     "spd_tpot_iqr",
     "transformers_ttft_iqr",
