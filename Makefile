@@ -63,7 +63,7 @@ help:  ## Show this list
 	@echo "  PYTHON=...       use this interpreter and make no environment"
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
-	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+	@echo "  ARGS=...         more arguments for pytest, bench-peers, the training script or the MLflow server"
 	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-tiny on another model, text or tensor-parallel degree"
 
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves

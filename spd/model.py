@@ -196,10 +196,16 @@ class Block(nn.Module):
     def forward(
         self, stream: Stream, policies: tuple[Policy, Policy], shards: Shards, context: "Context", block: int
     ) -> Stream:
-        y = self.attention(self.attention_norm(stream.read()), context, block)
+        y = self.attend(stream, context, block)
         stream = shards.sync(stream.produce(y, self.attention.out.bias), policies[0], "attention")
-        z = self.mlp(self.mlp_norm(stream.read()))
+        z = self.transform(stream)
         return shards.sync(stream.produce(z, self.mlp.down.bias), policies[1], "mlp")
+
+    def attend(self, stream: Stream, context: "Context", block: int) -> Tensor:
+        return self.attention(self.attention_norm(stream.read()), context, block)
+
+    def transform(self, stream: Stream) -> Tensor:
+        return self.mlp(self.mlp_norm(stream.read()))
 
 
 class Context:

@@ -11,7 +11,7 @@ from torch import Tensor
 from spd.model import StaticKVCache, Transformer
 
 WARMUP = 3  # passes before a capture: compilation, and what libraries allocate on their first calls
-VARIANTS = 64  # compiled forms of a block: prefill and decode, plans, and first blocks before their number is data
+VARIANTS = 64  # forms of a part: prefill and decode, something pending or not, blocks 0 and 1 before the rest
 
 
 class Eager:
@@ -33,9 +33,10 @@ class Eager:
 
 
 class Compiled:
-    """The same by blocks that `torch.compile` made; on GPUs each whole pass is one CUDA graph.
+    """The same, what lies between sync points made by `torch.compile`; on GPUs each whole pass is one CUDA graph.
 
-    It belongs to the plan that the model has when it is made. `token` (B, 1) is the last choice.
+    Sync points themselves are not compiled: they are the plan's, and clocks and counters are in them. An instance
+    belongs to the plan that the model has when it is made. `token` (B, 1) is the last choice.
     """
 
     def __init__(self, model: Transformer, prompt: Tensor, new_tokens: int, backend: str = "inductor"):
@@ -43,7 +44,8 @@ class Compiled:
         self.cache = model.new_cache(prompt.shape[0], prompt.shape[1] + new_tokens)
         self.steps = StaticKVCache(self.cache)
         for block in model.blocks:
-            block.compile(backend=backend)
+            for part in ("attend", "transform"):
+                setattr(block, part, torch.compile(getattr(type(block), part).__get__(block), backend=backend))
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             self.prefill, self.decode = (_ready(function, prompt) for function in (self._prefill, self._decode))
 

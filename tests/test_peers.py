@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spd import Plan, SPDModel
-from spd.bench import BenchSettings, _gained, _Sample, bench, run
+from spd.bench import BenchSettings, _gained, _Sample, run
 from spd.comm import Collective, Link, Shards
 from spd.config import SHAPES, ModelConfig
 from spd.errors import SPDError
@@ -155,9 +155,13 @@ def test_bounds_are_work_over_rates_plus_the_sync_points():
 
 def test_bench_gives_bounds_and_times_one_shard_alone():
     settings = BenchSettings(("FF FF FF FF FF FF",), shape="llama-8m", prompt_len=8, new_tokens=1, repeats=2, warmup=0)
-    found = bench(Runtime(), settings)
+    found = run(Runtime(), 1, settings)
     assert found["rates"]["matrix_gflops"] > 0 and found["rates"]["all_reduce"]["ttft_ms"] == 0
     assert found["plans"][0]["floor"]["ttft_ms"] > 0 and "saved" not in found["plans"][0]
+    model = {"name": "llama-8m", "fingerprint": "f", "blocks": 6}
+    (table,) = tables([make_record("bench", {}, found, started=datetime.now(UTC), model=model, tp=1)])
+    assert table.rows[0]["formula_ms"] == found["bounds"]["no_communication"]["ttft_ms"]["median"]
+    assert table.rows[0]["ttft_of_bound"] > 0 and "GFLOP/s" in table.caption
     plans = ("FF FF FF FF FF FF", "DF DF DF DF DF DF")
     more = {"prompt_len": 8, "new_tokens": 1, "repeats": 2, "warmup": 0, "share_of": 4, "link": "1GBps,1ms"}
     found = run(Runtime(), 4, BenchSettings(plans, shape="llama-8m", **more))
