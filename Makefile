@@ -132,7 +132,7 @@ check-prediction: $(READY)  ## Calibrate the latency model on this machine; erro
 	  $(TIMED) --shape $$1 --prompt-len $$2 --link 500MBps,1500us --percentages 0,50,100 --records $(CHECK)/checked >/dev/null; done
 	$(PYTHON) -m spd profile $(CHECK)/fitted --check $(CHECK)/checked --statistic min --out $(CHECK)/machine.json \
 	  --records $(CHECK)/records --reproduction check-prediction >/dev/null
-	$(PYTHON) -m spd report $(CHECK)/records --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
+	$(PYTHON) -m spd report $(CHECK)/records $(CHECK)/checked --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
 
 ON_GPU = $(PYTHON) -m spd bench --device cuda --dtype bfloat16 --compile --new-tokens 64 --records runs/bench-gpu
 bench-gpu: $(READY)  ## On a GPU: 7B with random weights, and rank 0's share of 70B at tp=8, compiled and as CUDA graphs

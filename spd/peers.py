@@ -38,7 +38,7 @@ class PeerSettings:
     batch: int = 1
     prompt_len: int = 128  # tokens
     new_tokens: int = 8  # decoded after the first
-    seconds: float = 20.0  # to spend on repetitions, warm-up and loading aside
+    seconds: float = 12.0  # to spend on repetitions, warm-up and loading aside
     warmup: int = 2
     seed: int = 0
 

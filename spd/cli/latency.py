@@ -78,7 +78,7 @@ def bench_peers(
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT.", min=1)] = 8,
-    seconds: Annotated[float, typer.Option(help="Repetitions of a row; from 5 to 50 of them in any case.")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Repetitions of a row; from 5 to 50 of them in any case.")] = 12.0,
     seed: Seed = 0, out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Time to first token and per output token beside transformers': same weights, same threads, interleaved.
