@@ -54,8 +54,8 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities predict figures ledger \
-  notebooks tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities predict bench-peers \
+  check-prediction bench-gpu figures ledger notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,7 +64,7 @@ help:  ## Show this list
 	@echo "  PYTHON=...       use this interpreter and make no environment"
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
-	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+	@echo "  ARGS=...         more arguments for pytest, bench-peers, the training script or the MLflow server"
 	@echo "  MODELS, TPS, TEXTS   lists that sensitivities goes over"
 	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree"
 	@echo "  NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-7b and larger"
@@ -213,6 +213,30 @@ predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, 
 	rm -rf runs/predict
 	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
 	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
+
+bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same threads, one run (under ten minutes)
+	rm -rf runs/bench-peers
+	$(PYTHON) -m spd bench-peers $(ARGS) --records runs/bench-peers --reproduction peers >/dev/null
+	$(PYTHON) -m spd report runs/bench-peers --out paper_figures/peers --records runs --reproduction peers >/dev/null
+
+# The predictor against measurement: fitted to some sizes, prompts, links and percentages, checked on others.
+CHECK := runs/check-prediction
+TIMED = $(PYTHON) -m spd bench --tp 2 --new-tokens 4 --repeats 15 --no-mlflow --reproduction check-prediction
+check-prediction: $(READY)  ## Calibrate the latency model on this machine; errors on what it was not fitted to (minutes)
+	rm -rf $(CHECK)
+	set -e; for shape in llama-8m llama-125m; do for tokens in 64 160; do for link in 1GBps,1ms 200MBps,2ms; do \
+	  $(TIMED) --shape $$shape --prompt-len $$tokens --link $$link --records $(CHECK)/fitted >/dev/null; done; done; done
+	set -e; for of in "llama-33m 96" "llama-33m 128" "llama-8m 128" "llama-125m 128"; do set -- $$of; \
+	  $(TIMED) --shape $$1 --prompt-len $$2 --link 500MBps,1500us --percentages 0,50,100 --records $(CHECK)/checked >/dev/null; done
+	$(PYTHON) -m spd profile $(CHECK)/fitted --check $(CHECK)/checked --statistic min --out $(CHECK)/machine.json \
+	  --records $(CHECK)/records --reproduction check-prediction >/dev/null
+	$(PYTHON) -m spd report $(CHECK)/records $(CHECK)/checked --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
+
+ON_GPU = $(PYTHON) -m spd bench --device cuda --dtype bfloat16 --compile --new-tokens 64 --records runs/bench-gpu
+bench-gpu: $(READY)  ## On a GPU: 7B with random weights, and rank 0's share of 70B at tp=8, compiled and as CUDA graphs
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('bench-gpu times on a GPU, and torch sees none.')"
+	$(ON_GPU) --shape llama2-7b
+	$(ON_GPU) --shape llama2-70b --tp 8 --alone --link $(or $(LINK),300GBps,25us) --drop none --drop all
 
 figures: $(READY)  ## Draw paper_figures again from the committed records
 	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \

@@ -209,8 +209,8 @@ class Shards:
         return torch.cat(parts)
 
     def align(self) -> None:
-        """Waits until every process is here, uncounted."""
-        if self.world > 1:
+        """Waits until every process is here, uncounted; where one alone stands for all of them, there is no wait."""
+        if self.world > 1 and dist.is_initialized():
             dist.barrier(self.group)
 
     def take_collectives(self) -> dict[str, Collective]:

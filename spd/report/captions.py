@@ -7,6 +7,7 @@ from spd.report.records import Record, Sources, curves_of, model_key, number_in,
 
 
 def machine(record: Record) -> str:
+    """GPUs, or the CPU and its cores."""
     hardware = record["hardware"]
     gpus = [f"{len(list(same))} × {name}" for name, same in groupby(sorted(hardware.get("gpus") or []))]
     return (
@@ -60,7 +61,21 @@ def ttft_caption(sources: Sources) -> str:
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
     emulated = any(row["emulated_ms"] for row in timings_of(record))
     words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
+    if any("formula_ms" in row for row in timings_of(record)):
+        words += "; diamonds: no communication, measured, plus all-reduces by formula"
     return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {machine(record)}."
+
+
+def rates_words(record: Record) -> str:
+    """What the bounds of a bench record are made of."""
+    flops, read = (number_in(record, "result", "rates", key) for key in ("matrix_gflops", "memory_gb_per_s"))
+    sums = number_in(record, "result", "rates", "all_reduce", "ttft_ms")
+    return (
+        "saved_share = TTFT saved / time of the all-reduces removed, when all are kept; formula_ms = no communication,"
+        " measured, + all-reduces by formula; of_bound = what the machine's rates allow / measured: a process"
+        f" multiplies matrices at {flops:.0f} GFLOP/s, reads weights at {read:.1f} GB/s, and an idle all-reduce of the"
+        f" prompt's size takes {sums:.2f} ms, the emulated link aside."
+    )
 
 
 def _same_blocks(sources: Sources) -> str:

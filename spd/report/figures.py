@@ -16,7 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from spd.report.captions import overview_caption, perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.captions import (
+    overview_caption,
+    perplexity_caption,
+    sensitivity_caption,
+    ttft_caption,
+)
 from spd.report.records import (
     Record,
     Sources,
@@ -161,6 +166,9 @@ def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     error = [row["ttft_spread_ms"] / 2 for row in rows]
     ax.errorbar(range(len(rows)), bottom, error, fmt="none", ecolor="0.15", elinewidth=1, capsize=3)
+    if all("formula_ms" in row for row in rows):
+        formula = [row["formula_ms"] for row in rows]
+        ax.plot(range(len(rows)), formula, "D:", color=_PURPLE, markersize=3.5, linewidth=1, label="by formula")
     bounds = sources.bench["result"].get("bounds") or {}
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = number_in(sources.bench, "result", "bounds", name, "ttft_ms", "median")

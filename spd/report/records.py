@@ -240,7 +240,22 @@ def _timing(record: Record, i: int) -> dict:
         raise SPDError(f"Record {record['id']}, plan {i}: its communication takes longer than its whole median TTFT.")
     if record["result"]["plans"][i].get("tpot_ms") is not None:
         row |= {f"tpot_{key}_ms": at("tpot_ms", key) for key in ("median", "spread")}
-    return row | {"plan": plan}
+    return row | _bounded(record, i) | {"plan": plan}
+
+
+def _bounded(record: Record, i: int) -> dict:
+    """Of a plan: the bound over the measured time, time saved over time removed, TTFT by formula; if recorded."""
+    at, plan = partial(number_in, record, "result", "plans", i), value_in(record, "result", "plans", i)
+    row = {}
+    if "saved" in plan:
+        row["saved_share"] = at("saved", "share")
+    if "floor" in plan:
+        silent = number_in(record, "result", "bounds", "no_communication", "ttft_ms", "median")
+        row["formula_ms"] = silent + at("floor", "ttft_communication_ms")
+        row["ttft_of_bound"] = at("floor", "ttft_ms") / at("ttft_ms", "median")
+        if plan.get("tpot_ms") is not None:
+            row["tpot_of_bound"] = at("floor", "tpot_ms") / at("tpot_ms", "median")
+    return row
 
 
 def taus_of(sources: Sources) -> dict[str, float]:

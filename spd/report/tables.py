@@ -10,8 +10,9 @@ from typing import Any
 from spd.errors import SPDError
 from spd.report.ablation_tables import ablation_tables
 from spd.report.accuracy import accuracy_tables
-from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.captions import perplexity_caption, rates_words, sensitivity_caption, ttft_caption
 from spd.report.method_figures import method_tables
+from spd.report.peer_tables import peer_tables
 from spd.report.predicted_tables import predicted_tables
 from spd.report.records import (
     Record,
@@ -40,7 +41,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
         if sources.bench:
             found.append(_ttft_table(sources))
     found += ablation_tables(records) + accuracy_tables(records) + method_tables(records)
-    return found + predicted_tables(records)
+    return found + peer_tables(records) + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -83,6 +84,11 @@ def _ttft_table(sources: Sources) -> Table:
     if any("tpot_median_ms" in row for row in rows):
         formats |= {"tpot_median_ms": ".3f", "tpot_spread_ms": ".3f"}
     caption = ttft_caption(sources) + " reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+    bounded = {"saved_share": ".3f", "formula_ms": ".3f", "ttft_of_bound": ".3f", "tpot_of_bound": ".3f"}
+    found = {key: form for key, form in bounded.items() if any(key in row for row in rows)}
+    if found:
+        formats |= found
+        caption += " " + rates_words(sources.bench)
     return Table("ttft" + sources.suffix, caption, rows, {**formats, "plan": ""}, [sources.bench])
 
 
@@ -134,12 +140,35 @@ HEADINGS = {
     "emulated_ms": "link\nms",
     "tpot_median_ms": "TPOT\nms",
     "sensitivity_nats": "nats",
+    "saved_share": "saved/\nremoved",
+    "transformers_ttft_ms": "transf.\nTTFT ms",
+    "transformers_tpot_ms": "transf.\nTPOT ms",
+    "spd_ttft_ms": "spd\nTTFT ms",
+    "spd_tpot_ms": "spd\nTPOT ms",
     "increase_percent": "increase\n%",
     "reduction": "reduc-\ntion",
     "difference": "differ-\nence",
     "speedup": "speed-\nup",
 }
-TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+TERMINAL_LEAVES_OUT = {
+    "threads",
+    "logits_differ",
+    "ttft_ratio_of_least",
+    "tpot_ratio_of_least",
+    "formula_ms",
+    "ttft_of_bound",
+    "tpot_of_bound",
+    "spd_ttft_iqr",
+    "spd_tpot_iqr",
+    "transformers_ttft_iqr",
+    "transformers_tpot_iqr",
+    "plan",
+    "ttft_min_ms",
+    "repeats",
+    "count",
+    "bytes",
+    "tpot_spread_ms",
+}
 TERMINAL_LEAVES_OUT |= {"stderr", "difference_stderr", "lost", "gained", "chance"}  # of accuracies
 
 
