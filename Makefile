@@ -85,7 +85,7 @@ SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
 STAGE = $(if $(MODEL),--model "$(MODEL)") --records $(RUN)/records --reproduction $(NAME)
 ON = $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)")
 
-reproduce-tiny: $(RUN)/plan.json $(RUN)/sweep.json $(RUN)/bench.json  ## Sensitivity, plan, perplexity, latency, figures, ledger
+reproduce-tiny: $(RUN)/plan.json $(RUN)/sweep.json $(RUN)/eval.json $(RUN)/bench.json  ## Sensitivity to ledger
 	$(SPD) report $(RUN)/records --out paper_figures/$(NAME) --records $(RUN)/records --reproduction $(NAME) >/dev/null
 	$(PYTHON) -m spd ledger experiments/records $(RUN)/records --records $(RUN)/records --out REPRODUCTION.md >/dev/null
 	@echo "Figures and tables are in paper_figures/$(NAME), claims in REPRODUCTION.md; 'make mlflow-ui' compares runs." >&2
@@ -94,20 +94,24 @@ $(RUN)/asked: FORCE  # changes when another model, text or degree is asked for u
 	@mkdir -p $(@D); echo '$(MODEL) $(TEXT) $(TP)' | cmp -s - $@ || echo '$(MODEL) $(TEXT) $(TP)' > $@
 
 $(RUN)/sensitivity.json: $(RUN)/asked $(EXPERIMENT) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READY)
-	@echo "1/4 sensitivity of every block" >&2
+	@echo "1/5 sensitivity of every block" >&2
 	@rm -rf $(RUN)/repairs  # of another model, text or experiment
 	$(SPD) sensitivity $(STAGE) $(ON) --out $@ >/dev/null
 
 $(RUN)/plan.json: $(RUN)/sensitivity.json
-	@echo "2/4 plan" >&2
+	@echo "2/5 plan" >&2
 	$(SPD) plan $< --records $(RUN)/records --reproduction $(NAME) --out $@ >/dev/null
 
 $(RUN)/sweep.json: $(RUN)/sensitivity.json
-	@echo "3/4 perplexity against the percentage of blocks dropped" >&2
+	@echo "3/5 perplexity and accuracy against the percentage of blocks dropped" >&2
 	$(SPD) sweep $< $(STAGE) $(ON) --repairs $(RUN)/repairs --out $@ >/dev/null
 
+$(RUN)/eval.json: $(RUN)/plan.json
+	@echo "4/5 perplexity and accuracy of the plan, question by question" >&2
+	$(SPD) eval --plan $< $(STAGE) $(ON) --out $@ >/dev/null
+
 $(RUN)/bench.json: $(RUN)/sensitivity.json
-	@echo "4/4 time to first token on real processes" >&2
+	@echo "5/5 time to first token on real processes" >&2
 	$(SPD) bench --sensitivity $< $(STAGE) --out $@ >/dev/null
 
 FORCE:

@@ -221,7 +221,9 @@ class _Run:
             site = Site(self.transformer.blocks[i], i, self.transformer.shards, self.model.config)
             windows = range(self.kept)  # the model's own text would double the time for little
             streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
-            note["closed_form"] = repair_block(site, Calibration(*streams, self.transformer.context))["steps"]
+            note["closed_form"] = repair_block(
+                site, Calibration(*streams, self.transformer.context), self.options.closed_form
+            )["steps"]
         elif action == GROUP:
             passes = Passes(inputs, self.transformer, range(self.trained))
             block, shards = self.transformer.blocks[i], self.transformer.shards

@@ -33,11 +33,16 @@ class PlanSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Options of commands that measure perplexity on other windows than the calibration's."""
+    """Options of commands that measure on other windows than the calibration's."""
 
     text: str | None = None
     windows: int | None = Field(None, ge=1)
     skip: int | None = Field(None, ge=0)
+    tasks: str | None = Field(None, description="as `piqa,mmlu`")
+    tasks_dir: Path | None = Field(None, description="folder of the tasks' rows; left out: from the hub")
+    limit: int | None = Field(None, ge=1, description="questions of a task")
+    batch_size: int | None = Field(None, ge=1, description="contexts in a forward pass")
+    compare: bool | None = Field(None, description="with the model that drops nothing")
     percentages: str | None = Field(None, description="of blocks dropped, as `0,25,50`; left out: every number")
     strategies: str | None = Field(None, description="as `zs,b2b,b2b+hg,closed-form,best`")
     calibration: int | None = Field(None, ge=2, description="windows to repair on")
@@ -45,6 +50,8 @@ class EvaluationSection(_Section):
     tau2: float | None = None
     epochs: int | None = Field(None, ge=0, description="of the paper's distillation")
     learning_rate: float | None = Field(None, gt=0)
+    joint_epochs: int | None = Field(None, ge=0, description="of all dropped blocks together (`best`)")
+    generated: int | None = Field(None, ge=0, description="windows that the model writes itself (`best`)")
 
 
 class BenchSection(_Section):
@@ -77,6 +84,7 @@ class Experiment(_Section):
     common: Common = Common()
     plan: PlanSection = PlanSection()
     distill: DistillSection = DistillSection()
+    eval: EvaluationSection = EvaluationSection()
     sweep: EvaluationSection = EvaluationSection()
     bench: BenchSection = BenchSection()
 

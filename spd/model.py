@@ -4,6 +4,8 @@ Shapes: B batch, T tokens, D hidden, S shards hosted (1 where all shards see the
 g key/value heads of one shard, d head size. Weights of all hosted shards are stacked along S.
 """
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +76,12 @@ class KVCache:
         keys[..., self.length : end, :] = k
         values[..., self.length : end, :] = v
         return keys[..., :end, :], values[..., :end, :]
+
+    def repeat(self, rows: Tensor, more: int) -> "KVCache":
+        """A copy that holds these rows (R,) of the batch, with room for `more` tokens."""
+        repeated = copy(self)
+        repeated.blocks = F.pad(self.blocks[..., : self.length, :].index_select(3, rows), (0, 0, 0, more))
+        return repeated
 
 
 def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:

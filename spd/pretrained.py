@@ -1,6 +1,7 @@
 """The library's front door: a checkpoint, its tokenizer and a plan as one object."""
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,10 +138,18 @@ class SPDModel:
         Raises:
             SPDError: not a plan, made for another model or tp, or its weights are missing or damaged.
         """
+        self.plan = self.load_repaired(path)
+
+    def load_repaired(self, path: Path, blocks: Container[int] | None = None) -> Plan:
+        """Takes the weights repaired for the plan at `path`, of all blocks or of some, and gives that plan.
+
+        Raises:
+            SPDError: as `load_plan` does.
+        """
         document = read_plan_document(path, self.fingerprint, self.tp, self.config.num_blocks)
         if "changed" in document:
-            load_changed(self.transformer, plan_file(path).parent / document["changed"])
-        self.plan = Plan.from_policies(document["policies"])
+            load_changed(self.transformer, plan_file(path).parent / document["changed"], blocks)
+        return Plan.from_policies(document["policies"])
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None

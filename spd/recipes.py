@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+from spd.closed_form import Options as ClosedForm
 from spd.errors import SPDError
 from spd.plan import DROP, FULL, Plan
 from spd.training import Schedule
 
 RECIPES = ("zs", "closed-form", "paper", "best")
-STRATEGIES = ("zs", "b2b", "b2b+hg")  # figure 7's: nothing, distillation, head grouping as well
 HELD_OUT = 10  # one window in so many is never trained on: the last ones
 TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)
 GROUP, DISTILL, CLOSED_FORM = "group heads", "distill", "closed form"
@@ -15,13 +15,18 @@ GROUP, DISTILL, CLOSED_FORM = "group heads", "distill", "closed form"
 
 @dataclass(frozen=True)
 class Options:
-    """How a plan's blocks are repaired."""
+    """How a plan's blocks are repaired: what is done to each, in this order, and to all of them at the end."""
 
     recipe: str = "best"
-    strategy: str = "b2b+hg"  # of the paper's recipe
+    closed_form: ClosedForm | None = None
+    group_heads: bool = False  # of extremely sensitive blocks, and of those without a class
     block: Schedule | None = None  # each block's distillation
     joint: Schedule | None = None  # that of all dropped blocks together, towards the logits
     generated: int = 0  # windows that the original model writes itself, to train on besides the calibration text
+    students_inputs: bool = (
+        False  # a block learns on what the repaired ones before it give, not on the teacher's states
+    )
+    insensitive_as_is: bool = False  # nothing is done to in-sensitive blocks
     seed: int = 0
 
     @classmethod
@@ -36,7 +41,7 @@ class Options:
         generated: int | None = None,
         seed: int = 0,
     ) -> "Options":
-        """A recipe's options, with some of them changed.
+        """A recipe's options, with some of them changed; `strategy` is the paper's, and says how far it is followed.
 
         Raises:
             SPDError: an unknown recipe, strategy or optimiser, or an impossible number.
@@ -49,42 +54,39 @@ class Options:
         chosen = {"learning_rate": learning_rate, "optimizer": optimizer}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         base = DEFAULTS[recipe]
-        return replace(
+        options = replace(
             base,
-            strategy=strategy,
             block=base.block and _changed(base.block, epochs, chosen),
             joint=base.joint and _changed(base.joint, joint_epochs, chosen),
             generated=base.generated if generated is None else generated,
             seed=seed,
         )
+        return replace(options, **STRATEGIES[strategy]) if recipe == "paper" else options
 
     def actions(self, block_class: str | None) -> tuple[str, ...]:
         """What is done to a dropped block before it drops (algorithm 1); one without a class gets all there is."""
-        if self.recipe == "best":
-            return (CLOSED_FORM, DISTILL)
-        if self.recipe == "closed-form":
-            return (CLOSED_FORM,)
-        if self.recipe == "zs" or self.strategy == "zs" or block_class == "ISB":
+        if self.insensitive_as_is and block_class == "ISB":
             return ()
-        return (GROUP, DISTILL) if self.strategy == "b2b+hg" and block_class in ("ESB", None) else (DISTILL,)
-
-    @property
-    def students_inputs(self) -> bool:
-        """Whether a block is repaired on what the repaired blocks before it give, rather than the teacher's states."""
-        return self.recipe in ("closed-form", "best")
+        grouped = self.group_heads and block_class in ("ESB", None)
+        taken = {CLOSED_FORM: self.closed_form, GROUP: grouped, DISTILL: self.block}
+        return tuple(action for action, wanted in taken.items() if wanted)
 
 
 def _changed(schedule: Schedule, epochs: int | None, chosen: dict) -> Schedule:
     return replace(schedule, **chosen, **({} if epochs is None else {"epochs": epochs}))
 
 
+# Figure 7's: nothing, distillation, head grouping as well.
+STRATEGIES = {"zs": {"block": None, "group_heads": False}, "b2b": {"group_heads": False}, "b2b+hg": {}}
 _OURS = {"relative": True, "decay": True, "keep_best": True}
+_CLOSED_FORM = Options("closed-form", closed_form=ClosedForm(), students_inputs=True)
 DEFAULTS = {
     "zs": Options("zs"),
-    "closed-form": Options("closed-form"),
-    "paper": Options("paper", block=Schedule(10, 5e-5)),
-    "best": Options("best", block=Schedule(1, 0.003, **_OURS), joint=Schedule(4, 0.003, **_OURS), generated=128),
-}
+    "closed-form": _CLOSED_FORM,
+    "paper": Options("paper", group_heads=True, block=Schedule(10, 5e-5), insensitive_as_is=True),
+    "best": replace(_CLOSED_FORM, recipe="best", block=Schedule(1, 0.003, **_OURS), joint=Schedule(4, 0.003, **_OURS),
+                    generated=128),
+}  # fmt: skip
 
 
 def split(windows: int) -> int:

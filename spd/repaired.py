@@ -6,6 +6,7 @@ its own: (tp, ...). The layout does not depend on the number of processes.
 
 import json
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def load_changed(model: Transformer, path: Path) -> None:
-    """Puts the tensors of a file written here into the model, the hosted shards' parts alone.
+def load_changed(model: Transformer, path: Path, blocks: Container[int] | None = None) -> None:
+    """Puts the tensors of a file written here into the model, the hosted shards' parts alone; or those of some blocks.
 
     Raises:
         SPDError: an unreadable file, or tensors that this model and tp do not have.
@@ -54,6 +55,8 @@ def load_changed(model: Transformer, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
+                if blocks is not None and int(name.split(".")[1]) not in blocks:
+                    continue
                 part = file.get_slice(name)
                 target = parameters.get(name)
                 sharded = target is not None and model.is_sharded(name)

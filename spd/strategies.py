@@ -9,19 +9,17 @@ from torch import Tensor
 from spd.distill import distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
+from spd.plan import Plan
 from spd.planner import make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
-from spd.recipes import Options
+from spd.progress import bar
+from spd.recipes import Options, total_steps
 
 ZERO_SHOT = "zs"
-# Strategy -> recipe and, of the paper's, how far algorithm 1 is followed.
-STRATEGIES = {
-    ZERO_SHOT: ("zs", "zs"),
-    "b2b": ("paper", "b2b"),
-    "b2b+hg": ("paper", "b2b+hg"),
-    "closed-form": ("closed-form", "zs"),
-    "best": ("best", "zs"),
-}
+# The paper's strategies, by class: how blocks of it are repaired before they drop (`spd.recipes.STRATEGIES`).
+BY_CLASS = {ZERO_SHOT: {}, "b2b": {"SB": "b2b", "ESB": "b2b"}, "b2b+hg": {"SB": "b2b", "ESB": "b2b+hg"}}
+BY_PLAN = ("closed-form", "best")  # each of these recipes repairs a block for those dropped before it
+STRATEGIES = (*BY_CLASS, *BY_PLAN)
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,9 @@ class Repairs:
     folder: Path
     tau1: float  # perplexity points, as are the sensitivities
     tau2: float
-    epochs: int | None = None  # of the paper's distillation; None: the paper's own
-    learning_rate: float | None = None
+    options: dict[str, Options]  # by recipe, or by strategy of the paper's
     leads: bool = True  # whether this process writes
+    bar: Callable = bar  # for each repair
 
 
 def parse_strategies(spec: str) -> list[str]:
@@ -46,6 +44,13 @@ def parse_strategies(spec: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def options_of(paper: dict, best: dict, seed: int = 0) -> dict[str, Options]:
+    """For `Repairs`: the recipes' own options with some changed, as keyword arguments of `Options.of`."""
+    changed = {"closed-form": {}, "best": best}
+    options = {recipe: Options.of(recipe, **given, seed=seed) for recipe, given in changed.items()}
+    return options | {name: Options.of("paper", name, **paper, seed=seed) for name in ("b2b", "b2b+hg")}
+
+
 def curve(
     load: Callable[[], SPDModel],
     sensitivity: list[float],
@@ -53,43 +58,73 @@ def curve(
     percentages: list[float] | None,
     evaluation: Tensor,
     repairs: Repairs | None,
+    scores: Callable[[SPDModel], dict] | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[dict]:
-    """Points of every strategy: `strategy`, `blocks`, `percent`, `perplexity`, `nats`, `plan`.
+    """Points of every strategy: `strategy`, `blocks`, `percent`, `perplexity`, `nats`, `plan`, and `scores`' keys.
 
     Args:
-        load: gives the model as read; asked again before each repair, which changes it in place.
+        load: gives the model as read; asked again before and after repairs, which change it in place.
         evaluation: windows (W, T), apart from the calibration's.
         repairs: needed for every strategy but `zs`.
+        scores: asked about each point's model, for more than perplexity.
         progress: told of each point done.
     """
     plans = plans_by_percentage(sensitivity, percentages)
     points = []
     for strategy in strategies:
         for blocks, model in _models(load, strategy, plans, sensitivity, repairs):
-            scores = perplexity(model.transformer, evaluation)
+            found = perplexity(model.transformer, evaluation)
             percent = 100 * blocks / len(sensitivity)
             points.append({"strategy": strategy, "blocks": blocks, "percent": percent, "plan": str(model.plan),
-                           "perplexity": scores["perplexity"], "nats": scores["nats"]})  # fmt: skip
+                           "perplexity": found["perplexity"], "nats": found["nats"],
+                           **(scores(model) if scores else {})})  # fmt: skip
             progress(1)
     return points
 
 
 def _models(load, strategy: str, plans: dict, sensitivity: list[float], repairs) -> Iterator[tuple[int, SPDModel]]:
     """(blocks dropped, the model repaired for them), one after the other."""
-    model = load()
+    if strategy in BY_PLAN:
+        return _each_repaired(load, strategy, plans, sensitivity, repairs)
+    return _repaired_once(load, strategy, plans, sensitivity, repairs)
+
+
+def _each_repaired(load, recipe: str, plans: dict, sensitivity: list[float], repairs: Repairs) -> Iterator:
+    """A repair for each plan."""
     for blocks, plan in plans.items():
-        if strategy != ZERO_SHOT and blocks:
-            model = load()
-            _repair(model, strategy, blocks, sensitivity, repairs)
+        model = load()
+        if blocks:
+            document = make_plan(sensitivity, str(blocks), repairs.tau1, repairs.tau2)
+            folder = repairs.folder / f"{recipe}-{blocks}"
+            _repair(model, document, repairs.options[recipe], folder, repairs)
+            model.load_plan(folder)  # also where an earlier run had finished it
         model.plan = plan
         yield blocks, model
 
 
-def _repair(model: SPDModel, strategy: str, blocks: int, sensitivity: list[float], repairs: Repairs) -> None:
-    recipe, extent = STRATEGIES[strategy]
-    given = {"epochs": repairs.epochs, "learning_rate": repairs.learning_rate} if recipe == "paper" else {}
-    options = Options.of(recipe, extent, **given)
-    document = make_plan(sensitivity, str(blocks), repairs.tau1, repairs.tau2)
-    distill(model, repairs.calibration, document, options, repairs.folder / f"{strategy}-{blocks}", repairs.leads)
-    model.load_plan(repairs.folder / f"{strategy}-{blocks}")  # also where an earlier run had finished it
+def _repaired_once(load, strategy: str, plans: dict, sensitivity: list[float], repairs: Repairs | None) -> Iterator:
+    """One repair of each class for all plans: by the paper's recipe a block's repair depends on no other block."""
+    folders, present = {}, set()
+    for name, treatment in BY_CLASS[strategy].items():
+        document = make_plan(sensitivity, "100%", repairs.tau1, repairs.tau2)
+        members = [i for i, block_class in enumerate(document["classes"]) if block_class == name]
+        document["policies"] = Plan.dropping(len(sensitivity), attention=members).policies()
+        folder = repairs.folder / f"{treatment}-{name}"
+        if members:
+            _repair(load(), document, repairs.options[treatment], folder, repairs)
+        folders |= dict.fromkeys(members, folder)
+    model = load()
+    for blocks, plan in plans.items():  # ever more blocks are dropped
+        for i in sorted(folders.keys() & set(plan.dropped()) - present):
+            model.load_repaired(folders[i], blocks={i})
+            present.add(i)
+        model.plan = plan
+        yield blocks, model
+
+
+def _repair(model: SPDModel, document: dict, options: Options, folder: Path, repairs: Repairs) -> None:
+    """Repairs a model as it was read, with a bar of its own, unless that was done in an earlier run."""
+    steps = total_steps(document, options, len(repairs.calibration))
+    with repairs.bar(steps, f"steps of {folder.name}") as told:
+        distill(model, repairs.calibration, document, options, folder, repairs.leads, told)

@@ -312,13 +312,13 @@ def test_sweep_of_strategies(spd, common):
     """One curve a way of repairing; nothing dropped is the same for all, and repairs are kept for another run."""
     measured(spd, common)
     options = ["--strategies", "zs,b2b,closed-form", "--percentages", "0,100", "--calibration", "10", "--skip", 10]
-    options += ["--tau1", -1e9, "--epochs", 1, "--learning-rate", 1e-3]
+    options += ["--tau1", -2e9, "--tau2", -1e9, "--epochs", 1, "--learning-rate", 1e-3]
     code, result, err = spd("sweep", "s.json", *common, *options)
     assert code == 0, err
     curve = {(p["strategy"], p["blocks"]): p["perplexity"] for p in result["curve"]}
     assert len({curve[name, 0] for name in ("zs", "b2b", "closed-form")}) == 1
     assert len({curve[name, 3] for name in ("zs", "b2b", "closed-form")}) > 1  # a repair that ends worse is undone
-    assert {path.name for path in Path("repairs").iterdir()} == {"b2b-3", "closed-form-3"}
+    assert {path.name for path in Path("repairs").iterdir()} == {"b2b-ESB", "closed-form-3"}
     assert spd("sweep", "s.json", *common, *options)[1]["curve"] == result["curve"]
     code, _, err = spd(
         "sweep", "s.json", *common, *options[:-8], "--skip", 5, "--strategies", "b2b", "--calibration", 9
@@ -326,3 +326,38 @@ def test_sweep_of_strategies(spd, common):
     assert code == 1 and "--calibration 9 needs --skip 9 or more" in err
     code, _, err = spd("sweep", "s.json", *common, "--strategies", "magic")
     assert code == 1 and "Unknown strategy 'magic'; known: zs, b2b" in err
+
+
+def test_eval_and_sweep_of_tasks(spd, common, tmp_path):
+    rows = [{"goal": f"t{i} t{i + 1}", "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 13)]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "lambada_openai.jsonl").write_text('{"text": "t5 t6 t7 t8"}\n{"text": "t8 t7 t6"}\n')
+    options = ["--tasks", "piqa,lambada_openai", "--tasks-dir", tmp_path, "--limit", 6]
+    model = common[:4]
+    code, result, err = spd("eval", *model, *options, "--drop", "all", "--compare")
+    assert code == 0, err
+    assert {"acc", "acc_norm", "stderr", "n", "chance", "compared"} <= set(result["tasks"]["piqa"])
+    assert "perplexity" not in result and result["plan"] == "DF DF DF" and result["tasks"]["piqa"]["n"] == 6
+    assert result["average"]["compared"]["acc_full"] == pytest.approx(
+        sum(scores["compared"]["acc_full"] for scores in result["tasks"].values()) / 2
+    )
+    code, both, _ = spd("eval", *common, *options, "--data-parallel", 1)
+    assert both["perplexity"] > 1 and "compared" not in both["tasks"]["piqa"]
+    measured(spd, common)
+    code, sweep, err = spd("sweep", "s.json", *common, *options, "--percentages", "0,100")
+    assert code == 0, err
+    none, whole = sweep["curve"]
+    assert none["average"]["compared"] | {"p": 1.0, "lost": 0, "gained": 0} == none["average"]["compared"]
+    assert whole["tasks"] == result["tasks"] and whole["perplexity"]
+    for wrong, words in (
+        (["eval", *model], "There is nothing to evaluate: give --text, --tasks or both."),
+        (["eval", *model, "--tasks", "riddles"], "Unknown task 'riddles'; known: arc_easy"),
+        (["eval", *model, "--tasks", "sciq", "--tasks-dir", tmp_path], "which the task sciq reads"),
+        (["eval", *model, "--tasks", "sciq"], "The rows of sciq are not in the local cache"),
+        (
+            ["eval", *common, "--data-parallel", 2],
+            "2 copies of the model need as many equal parts of the processes, which are 1.",
+        ),
+    ):
+        code, _, err = spd(*wrong)
+        assert code == 1 and words in err and "Traceback" not in err

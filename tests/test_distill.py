@@ -19,6 +19,7 @@ from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.recipes import DEFAULTS, Options, split, total_steps
+from spd.strategies import Repairs, curve, options_of
 from spd.training import Diverged, Schedule
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
@@ -121,6 +122,21 @@ def test_joint_training_that_diverges_is_undone(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("spd.distill.train_jointly", diverge)
     assert "non-finite" in repair(folder, tmp_path)["note"]
+
+
+def test_one_repair_serves_every_percentage(folder, tmp_path):
+    """By the paper's recipe a block's repair does not depend on which other blocks are dropped."""
+    options = options_of({"epochs": 1, "learning_rate": 1e-3}, {})
+    repairs = Repairs(TOKENS, tmp_path / "repairs", 0.5, 1.5, options)
+    sensitivity = [1.0, 0.0, 2.0]  # SB, ISB, ESB
+    points = curve(lambda: SPDModel.from_pretrained(folder, 4), sensitivity, ["b2b+hg"], None, TOKENS, repairs)
+    assert {path.name for path in (tmp_path / "repairs").iterdir()} == {"b2b-SB", "b2b+hg-ESB"}
+    for point, letters in zip(points, ("FF FF FF", "FF DF FF", "DF DF FF", "DF DF DF"), strict=True):
+        model = SPDModel.from_pretrained(folder, 4)
+        given = document(letters, ["SB", "ISB", "ESB"])
+        distill(model, TOKENS, given, options["b2b+hg"], tmp_path / letters.replace(" ", ""))
+        assert point["plan"] == letters
+        assert point["perplexity"] == pytest.approx(perplexity(model.transformer, TOKENS)["perplexity"], rel=1e-6)
 
 
 # ---------------------------------------------------------------- going on after an interruption

@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from spd import Plan, Sampling, SPDModel
+from spd.accuracy import Accuracy
 from spd.bench import BenchSettings, bench
+from spd.comm import Replicas
 from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.sensitivity import sensitivity
+from spd.tasks import load_tasks
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")
@@ -56,6 +60,45 @@ def test_several_processes_equal_one(variants, text_of_words, processes, tp, var
     assert together["sampled"] == alone["sampled"]
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
     assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
+
+
+def replicated(runtime: Runtime, folder: str, text: str, rows: str, copies: int) -> dict:
+    """Perplexity and accuracy on `copies` of the model."""
+    replicas = runtime.replicas(copies)
+    model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
+    model.plan = Plan.from_letters("DF FF DF")
+    windows = read_windows(text, model.tokenizer, 100, 50).tokens
+    accuracy = Accuracy(load_tasks("piqa", Path(rows)), None, 2, replicas, runtime.leads)
+    shards = model.transformer.shards
+    place = {"rank": shards.rank, "world": shards.world}
+    return perplexity(model.transformer, windows, replicas=replicas) | accuracy(model) | place
+
+
+@pytest.mark.parametrize(("processes", "copies"), [(2, 2), (4, 2)])
+def test_copies_of_the_model_divide_the_work(variants, text_of_words, tmp_path, processes, copies):
+    """Exactly the same numbers where each copy has one process; the batches are the same, whoever runs them."""
+    rows = [
+        {"goal": f"t{i} " * (i % 5 + 1), "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 22)
+    ]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = replicated, str(variants("plain")[0]), str(text_of_words), str(tmp_path), copies
+    together = spawn(processes, *arguments)
+    alone = replicated(Runtime(), *arguments[1:-1], 1)
+    assert together.pop("world") == processes // copies and together.pop("rank") == 0
+    assert (alone.pop("world"), alone.pop("rank")) == (1, 0)
+    if processes == copies:
+        assert together == alone
+    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    assert together["tasks"] == alone["tasks"]
+
+
+def test_processes_that_cannot_be_divided():
+    with pytest.raises(
+        SPDError, match=r"^3 copies of the model need as many equal parts of the processes, which are 2"
+    ):
+        Runtime(world=2).replicas(3)
+    with pytest.raises(SPDError, match=r"^tp=2 is not a multiple of the 4 processes"):
+        Runtime(world=8).shards(2, replicas=Replicas(1, 4))
 
 
 def test_bench_counts_what_it_times(variants):

@@ -286,3 +286,31 @@ def test_a_missing_record_and_an_unwritable_folder_are_errors(put, tmp_path):
     record = put("sweep", _sweep())
     with pytest.raises(SPDError, match="Cannot write"):
         report([record], record / "out")
+
+
+def _scores(acc: float, lost: int) -> dict:
+    compared = {"acc_full": 0.5, "difference": acc - 0.5, "stderr": 0.05, "lost": lost, "gained": 1, "p": 0.25}
+    task = {"acc": acc, "stderr": 0.0625, "acc_norm": None, "n": 64, "chance": 0.25, "shots": 0, "source": "hub"}
+    tasks = {name: task | {"compared": compared} for name in ("piqa", "mmlu")}
+    mean = {"metric": "acc", "tasks": ["piqa"], "acc": acc, "stderr": 0.0625, "compared": compared}
+    return {"tasks": tasks, "average": mean, "truncated": 0}
+
+
+def test_accuracies_of_sweeps_and_of_a_plan(put, tmp_path):
+    swept = _sweep()
+    for point, acc in zip(swept["curve"], (0.5, 0.4375, 0.3125), strict=True):
+        point |= _scores(acc, 3)
+    records = [put("sweep", _sweep("b2b")), put("sweep", swept), put("eval", _scores(0.375, 9), plan=_plan(3))]
+    report(records, tmp_path / "out")
+    for name in ("accuracy.svg", "accuracy.png", "accuracy-mmlu.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    rows = _rows(tmp_path / "out/accuracy.csv")
+    assert [row["average"] for row in rows] == ["0.5", "0.4375", "0.3125"]  # the sweep without tasks has no row
+    assert rows[2] | {"piqa": "0.3125", "lost": "3", "p": "0.25", "stderr": "0.0625"} == rows[2]
+    task, *_ = _rows(tmp_path / "out/tasks.csv")
+    assert task | {"task": "piqa", "acc": "0.375", "acc_full": "0.5", "lost": "9"} == task
+    text = (tmp_path / "out/tables.md").read_text()
+    assert "## accuracy" in text and "Questions: piqa 64 (hub), mmlu 64 (hub)" in text
+    del swept["curve"][1]["average"]["compared"]["p"]
+    with pytest.raises(SPDError, match=r"has no result.curve.1.tasks.piqa.compared.p, which the report needs"):
+        tables(load_records([put("sweep", swept)]))

@@ -14,6 +14,9 @@ def report(
     context: typer.Context,
     records_: Annotated[list[Path], typer.Argument(help="Record files, or folders of them.", metavar="RECORDS...")],
     out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path("paper_figures"),
+    page: Annotated[
+        Path | None, typer.Option(help="Text file with places marked for tables, as <!-- table NAME --> <!-- end -->.")
+    ] = None,
     records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Tables and figures from records; the tables are also shown on stderr."""
@@ -21,7 +24,7 @@ def report(
     from spd.report import report as draw
 
     with open_session(context) as session:
-        result = draw(records_, out)
+        result = draw(records_, out, page)
         print_tables(records_)
         session.publish(result, artifacts=[Path(file) for file in result["files"]])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from spd.report.records import Record, Sources, curves_of, model_key, number_in, taus_of, timings_of, value_in
 
 
-def machine_of(record: Record) -> str:
+def machine(record: Record) -> str:
     hardware = record["hardware"]
     gpus = [f"{len(list(same))} × {name}" for name, same in groupby(sorted(hardware.get("gpus") or []))]
     return (
@@ -16,7 +16,7 @@ def machine_of(record: Record) -> str:
     )
 
 
-def _subject(record: Record) -> str:
+def subject(record: Record) -> str:
     return f"{model_key(record)[0]} at tp={value_in(record, 'tp')}"
 
 
@@ -33,13 +33,13 @@ def sensitivity_caption(sources: Sources) -> str:
     if sources.plan is not None:
         budget = number_in(sources.plan, "result", "budget", "blocks")
         words += f"; colours are the plan's classes, pale bars blocks outside its budget of {budget}"
-    return f"{words}. {_subject(record)}; {_data_words(record)}; {machine_of(record)}."
+    return f"{words}. {subject(record)}; {_data_words(record)}; {machine(record)}."
 
 
 def perplexity_caption(sources: Sources) -> str:
     record = sources.sweeps[-1]
     words = "Perplexity against the share of blocks that drop their attention sync point;"
-    return f"{words} dashed: every sync point kept. {_subject(record)}; {_data_words(record)}; {machine_of(record)}."
+    return f"{words} dashed: every sync point kept. {subject(record)}; {_data_words(record)}; {machine(record)}."
 
 
 def _setting(record: Record) -> str:
@@ -59,7 +59,7 @@ def ttft_caption(sources: Sources) -> str:
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
     emulated = any(row["emulated_ms"] for row in timings_of(record))
     words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
-    return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {machine_of(record)}."
+    return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {machine(record)}."
 
 
 def _same_blocks(sources: Sources) -> str:
@@ -76,11 +76,11 @@ def overview_caption(sources: Sources) -> str:
     words = []
     if sources.sensitivity is not None:
         taus = "".join(f", {name} = {tau:g}" for name, tau in taus_of(sources).items())
-        words.append(f"{_subject(sources.sensitivity)}{taus}, {_data_words(sources.sensitivity)}.")
+        words.append(f"{subject(sources.sensitivity)}{taus}, {_data_words(sources.sensitivity)}.")
     if sources.sweeps:
-        words.append(f"{_subject(sources.sweeps[-1])}, {_data_words(sources.sweeps[-1])}.")
+        words.append(f"{subject(sources.sweeps[-1])}, {_data_words(sources.sweeps[-1])}.")
     if sources.bench is not None:
         words.append(f"{model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
     places = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
     placed = [f"{place}: {text}" for place, text in zip(places, words, strict=False)]
-    return " ".join([*placed, f"{machine_of(sources.present()[-1])}."])
+    return " ".join([*placed, f"{machine(sources.present()[-1])}."])

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from spd.report.figures import Sheet, finish, style
-from spd.report.tables import Table
+from spd.report.table import Table
 
 _BLUE, _ORANGE, _GREEN, *_ = sns.color_palette("colorblind")
 LANES = (0.0, 3.4)  # x of the devices drawn

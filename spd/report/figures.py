@@ -124,8 +124,7 @@ def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     full, blocks = full_perplexity(curves, record), number_in(record, "model", "blocks")
     for i, (name, points) in enumerate(curves.items()):
         x, y = [p["percent"] for p in points], [p["perplexity"] for p in points]
-        style = {"color": STRATEGY_COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 4, "clip_on": False}
-        ax.plot(x, y, label=name.upper() if narrow else STRATEGY_NAMES.get(name, name), zorder=3, **style)
+        ax.plot(x, y, label=name.upper() if narrow else STRATEGY_NAMES.get(name, name), **line_style(i))
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
     highest = max(p["perplexity"] for points in curves.values() for p in points)
     if highest > LOG_FROM * full:
@@ -133,11 +132,23 @@ def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(FuncFormatter(plain))
-    ax.set(xlabel="blocks dropped (%)", ylabel="perplexity", xlim=(-2, 102))
+    ax.set(ylabel="perplexity")
+    axis_of_blocks(ax, blocks)
+    ax.legend(loc="upper left")
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Of the i-th strategy."""
+    style = {"color": STRATEGY_COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 4}
+    return style | {"clip_on": False, "zorder": 3}
+
+
+def axis_of_blocks(ax: Axes, blocks: float) -> None:
+    """Percentage of `blocks` dropped below, their number above."""
+    ax.set(xlabel="blocks dropped (%)", xlim=(-2, 102))
     top = ax.secondary_xaxis("top", functions=(lambda p: p * blocks / 100, lambda b: b * 100 / blocks))
     top.set_xlabel("blocks dropped")
     top.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    ax.legend(loc="upper left")
 
 
 def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
@@ -218,7 +229,7 @@ def _figure_sensitivity(sources: Sources) -> Figure:
     return finish(figure, sensitivity_caption(sources))
 
 
-def _figure_single(draw: Callable, caption: str, sources: Sources, width: float) -> Figure:
+def figure_single(draw: Callable, caption: str, sources: Sources, width: float) -> Figure:
     figure = Figure(figsize=(width, 4.4), layout="constrained")
     draw(figure.subplots(), sources)
     return finish(figure, caption)
@@ -259,12 +270,12 @@ def sheets(single: Sequence[Sources], combined: Sequence[Sources]) -> list[Sheet
             if s.sensitivity:
                 sheets.append(sensitivity_sheet(s, sensitivity_caption(s)))
             if s.sweeps:
-                figure = _figure_single(_panel_perplexity, perplexity_caption(s), s, 6.4)
+                figure = figure_single(_panel_perplexity, perplexity_caption(s), s, 6.4)
                 sheets.append(Sheet("perplexity" + s.suffix, "Perplexity", perplexity_caption(s), s.sweeps, figure))
             if s.bench:
                 whole = next((c for c in combined if c.bench is s.bench), s)
                 width = max(6.4, 2 + 0.7 * len(timings_of(s.bench)))
-                figure = _figure_single(_panel_ttft, ttft_caption(whole), s, width)
+                figure = figure_single(_panel_ttft, ttft_caption(whole), s, width)
                 sheets.append(Sheet("ttft" + s.suffix, "Time to first token", ttft_caption(whole), [s.bench], figure))
         for s in combined:
             if len([x for x in (s.sensitivity, s.sweeps, s.bench) if x]) > 1:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spd.reference import reference
-from spd.report.captions import machine_of
+from spd.report.captions import machine
 from spd.report.measures import MEASURES
 from spd.report.records import Record, Sources, by_subject, load_records, model_key, newest
-from spd.report.tables import Table, markdown
+from spd.report.table import Table
+from spd.report.tables import markdown
 from spd.track import write_bytes
 
 COLUMNS = ("claim", "paper", "ours", "on", "command", "status")
@@ -65,10 +66,10 @@ def write_ledger(records: Iterable[Path | str], out: Path) -> dict:
 
 def _row(claim: Mapping, subjects: Mapping[tuple, Sources], records: Sequence[Record]) -> tuple[dict, list[Record]]:
     row = {"claim": claim["words"], "paper": _paper(claim), "ours": "", "on": "", "command": ""}
-    if "architecture" in claim:
-        return row | {"status": f"{claim['architecture']} is not supported"}, []
     measured = _direct(claim, subjects) or _in_kind(claim, subjects)
     found = [evidence for evidence in (measured, _predicted(claim, records)) if evidence]
+    if not found and "architecture" in claim:
+        return row | {"status": f"{claim['architecture']} is not supported"}, []
     if not found:
         return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}, []
     used = [record for evidence in found for record in evidence.records]
@@ -95,7 +96,7 @@ def _paper(claim: Mapping) -> str:
 def _direct(claim: Mapping, subjects: Mapping[tuple, Sources]) -> Evidence | None:
     """On the model that the claim is about."""
     for (name, tp), sources in subjects.items():
-        if "measure" in claim and (_shape(name), tp) == (claim.get("model"), claim.get("tp")):
+        if "measure" in claim and (_shape(name), tp) == (claim["model"], claim["tp"]):
             found = MEASURES[claim["measure"]](sources, claim)
             if found:
                 status = "reproduced" if "relation" not in claim or _holds(claim, found[0]) else "differs"
@@ -151,4 +152,4 @@ def _shape(name: str) -> str | None:
 def _where(record: Record) -> str:
     if record["command"] == "predict-paper":
         return f"LLaMA2 on {record['result']['gpu'].upper()}, predicted"
-    return f"{model_key(record)[0]}; {machine_of(record)}"
+    return f"{model_key(record)[0]}; {machine(record)}"

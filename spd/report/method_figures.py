@@ -10,11 +10,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from spd.reference import reference
-from spd.report.captions import machine_of
+from spd.report.captions import machine
 from spd.report.figures import CLASS_COLOURS, CLASS_NAMES, PART_COLOURS, Sheet, finish, plain, style
 from spd.report.measures import classes_in
 from spd.report.records import Record, Sources, full_perplexity_of, model_key, numbers_in, timings_of, value_in
-from spd.report.tables import Table
+from spd.report.table import Table
 
 THRESHOLDS = "the paper's thresholds (τ₁ = {tau1:g}, τ₂ = {tau2:g} perplexity points)"
 
@@ -79,7 +79,7 @@ def _transfer(sources: Sources) -> Sheet:
         f"Time of the all-reduces of one prefill against the share of blocks that drop their attention sync point, as"
         f" measured: figure 2 of the paper in kind. {model_key(record)[0]}, tp={record['tp']},"
         f" {value_in(record, 'result', 'prompt_len')} prompt tokens, emulated link"
-        f" {record['result'].get('link') or 'none'}; {machine_of(record)}."
+        f" {record['result'].get('link') or 'none'}; {machine(record)}."
     )
     return Sheet("transfer" + sources.suffix, "Transfer time", words, [record], finish(figure, words))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spd.report.records import Record, newest, value_in
-from spd.report.tables import Table
+from spd.report.table import Table
 
 DECODE_COSTS = {
     "launch and gaps": ("operator_us", "µs an operator"),

@@ -94,6 +94,7 @@ class Sources:
     plan: Record | None = None
     sweeps: tuple[Record, ...] = ()
     bench: Record | None = None
+    tasks: Record | None = None  # the newest `eval` of tasks
     others: tuple[Record, ...] = ()
 
     def present(self) -> list[Record]:
@@ -102,7 +103,7 @@ class Sources:
 
 def choose(records: Sequence[Record]) -> tuple[list[Sources], list[Sources]]:
     """(sources a model and tp, sources a model). The second keeps a tp=8 accuracy and a tp=2 timing together."""
-    useful = [r for r in records if r["command"] in STAGES]
+    useful = [r for r in records if r["command"] in STAGES or has_tasks(r)]
     keys = list(dict.fromkeys((model_key(r), value_in(r, "tp")) for r in useful))
     models = list(dict.fromkeys(model for model, _ in keys))
     names = _slugs(models)
@@ -156,8 +157,10 @@ def _sources(records: list[Record], suffix: str) -> Sources:
         and plan["result"].get("sensitivity") != value_in(newest["sensitivity"], "result", "sensitivity")
     ):
         plan = None  # made from other sensitivities: its classes are not those of these bars
-    return Sources(suffix, newest.get("sensitivity"), plan, tuple(sweeps), newest.get("bench"),
-                   tuple(r for r in records if r["command"] not in STAGES))  # fmt: skip
+    others = tuple(r for r in records if r["command"] not in STAGES)
+    return Sources(
+        suffix, newest.get("sensitivity"), plan, tuple(sweeps), newest.get("bench"), newest.get("eval"), others
+    )
 
 
 def model_key(record: Record) -> tuple[str, str]:
@@ -195,6 +198,10 @@ def curves_of(sweeps: Sequence[Record]) -> dict[str, list[dict]]:
             found.setdefault(value_in(record, "result", "curve", i, "strategy"), []).append(point)
         curves |= found
     return {name: sorted(points, key=lambda p: p["blocks"]) for name, points in curves.items()}
+
+
+def has_tasks(record: Record) -> bool:
+    return record["command"] == "eval" and "tasks" in record["result"]
 
 
 def full_perplexity(curves: Mapping[str, list[dict]], record: Record) -> float:

@@ -4,12 +4,14 @@ from functools import cached_property
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.report.accuracy import accuracy_sheets
 from spd.report.figures import Sheet, sheets
 from spd.report.ledger import ledger
 from spd.report.method_figures import method_sheets
 from spd.report.predicted_figures import predicted_sheets
 from spd.report.records import choose, load_records
-from spd.report.tables import Table, tables
+from spd.report.table import Table
+from spd.report.tables import tables
 
 
 class Shelf:
@@ -21,7 +23,8 @@ class Shelf:
     @cached_property
     def figures(self) -> dict[str, Sheet]:
         single, combined = choose(self.records)
-        drawn = sheets(single, combined) + method_sheets(self.records, single) + predicted_sheets(self.records)
+        drawn = sheets(single, combined) + accuracy_sheets(single) + method_sheets(self.records, single)
+        drawn += predicted_sheets(self.records)
         return {sheet.name: sheet for sheet in drawn}
 
     @cached_property

@@ -2,13 +2,16 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError
+from spd.report.ablation_tables import ablation_tables
+from spd.report.accuracy import accuracy_tables
 from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.predicted_tables import predicted_tables
 from spd.report.records import (
     Record,
     Sources,
@@ -22,32 +25,11 @@ from spd.report.records import (
     timings_of,
     value_in,
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of exact numbers; `formats` says how each column is rounded for reading (CSV keeps everything)."""
-
-    name: str
-    caption: str
-    rows: list[dict]
-    formats: Mapping[str, str]
-    records: Sequence[Record] = field(repr=False, default=())
-
-    def cells(self) -> list[list[str]]:
-        return [[_cell(row.get(column), form) for column, form in self.formats.items()] for row in self.rows]
-
-    def _repr_markdown_(self) -> str:
-        """How a notebook shows it."""
-        return "\n\n".join(filter(None, (_body(self), self.caption)))
-
-
-def _cell(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form) if isinstance(value, (int, float)) else str(value)
+from spd.report.table import Table, cell
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """The tables of `load_records`' records: sensitivities, perplexities, TTFT, predictions. Raises SPDError."""
+    """The tables of `load_records`' records: sensitivity, perplexity, TTFT, accuracy, predictions. Raises SPDError."""
     found = []
     for sources in choose(records)[0]:
         if sources.sensitivity:
@@ -56,10 +38,10 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    from spd.report.method_figures import method_tables  # made of this module's tables
-    from spd.report.predicted_tables import predicted_tables
+    from spd.report.method_figures import method_tables  # which needs this module's neighbours
 
-    return found + method_tables(records) + predicted_tables(records)
+    found += ablation_tables(records) + accuracy_tables(records) + method_tables(records)
+    return found + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -113,11 +95,6 @@ def csv_of(table: Table) -> bytes:
     return text.getvalue().encode()
 
 
-def _body(table: Table) -> str:
-    lines = [list(table.formats), [":--" if not form else "--:" for form in table.formats.values()], *table.cells()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
 
 
@@ -126,8 +103,25 @@ def markdown(found: Sequence[Table], title: str = TITLE) -> str:
     for table in found:
         source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
         caption = f"{table.caption}\n\n" if table.caption else ""
-        parts.append(f"## {table.name}\n\n{caption}{_body(table)}{source}\n")
+        parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
     return "\n".join(parts)
+
+
+def embed(page: str, found: Sequence[Table]) -> str:
+    """`page` with the tables that it marks by `<!-- table NAME -->` and `<!-- end -->` put between the two.
+
+    Raises:
+        SPDError: it marks none of them.
+    """
+    embedded = 0
+    for table in found:
+        marked = re.compile(rf"(<!-- table {re.escape(table.name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, count = marked.subn(lambda m, t=table: f"{m[1]}\n{t.markdown(t.essential)}\n\n{m[2]}", page)
+        embedded = embedded or count
+    if not embedded:
+        names = ", ".join(table.name for table in found)
+        raise SPDError(f"The page has no place marked for a table: <!-- table NAME -->, NAME one of {names}.")
+    return page
 
 
 # What fits 80 columns; the CSV has all of it, under full names.
@@ -143,9 +137,11 @@ HEADINGS = {
     "sensitivity_nats": "nats",
     "increase_percent": "increase\n%",
     "reduction": "reduc-\ntion",
+    "difference": "differ-\nence",
     "speedup": "speed-\nup",
 }
 TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+TERMINAL_LEAVES_OUT |= {"stderr", "difference_stderr", "lost", "gained", "chance"}  # of accuracies
 
 
 def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
@@ -164,5 +160,5 @@ def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
             heading = HEADINGS.get(column, column.replace("_", "\n"))
             rich.add_column(heading, justify="right" if table.formats[column] else "left")
         for row in table.rows:
-            rich.add_row(*(_cell(row.get(column), table.formats[column]) for column in shown))
+            rich.add_row(*(cell(row.get(column), table.formats[column]) for column in shown))
         console.print(rich)
