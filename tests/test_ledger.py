@@ -83,14 +83,21 @@ def test_other_models_are_in_kind_and_random_weights_are_nothing(put, tmp_path):
     assert _row(tmp_path, "in-sensitive blocks of LLaMA2-7B")["status"] == NEEDS
 
 
+TABLE1 = {
+    "residual": [{"design": "residual before", "perplexity": 5.0}, {"design": "residual after", "perplexity": 50.0}],
+    "bias": [{"design": "bias before", "perplexity": 6.0}, {"design": "bias after", "perplexity": 5.0}],
+}
+
+
 def test_table_1_is_read_from_its_record(put, tmp_path):
-    put("table1", {"perplexity": {"full": 4.0, "before": 5.0, "after": 50.0}})
+    put("table1", TABLE1)
     row = _row(tmp_path, "but its output added after")
     assert row["status"] == "reproduced in kind" and "synthetic tp=8: 10" in row["ours"]
+    assert "synthetic tp=8: 1.2" in _row(tmp_path, "OPT-6.7B: perplexity")["ours"]
 
 
 def test_it_is_written_with_the_count_of_each_status(put, tmp_path):
-    put("table1", {"perplexity": {"full": 4.0, "before": 5.0, "after": 50.0}})
+    put("table1", TABLE1)
     result = write_ledger([tmp_path / "runs"], tmp_path / "L.md")
     text = (tmp_path / "L.md").read_text()
-    assert result["claims"]["reproduced in kind"] == 1 and "| reproduced in kind |" in text and "table1" in text
+    assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind |" in text and "table1" in text

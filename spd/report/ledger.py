@@ -66,10 +66,10 @@ def write_ledger(records: Iterable[Path | str], out: Path) -> dict:
 
 def _row(claim: Mapping, subjects: Mapping[tuple, Sources], records: Sequence[Record]) -> tuple[dict, list[Record]]:
     row = {"claim": claim["words"], "paper": _paper(claim), "ours": "", "on": "", "command": ""}
-    if "architecture" in claim:
-        return row | {"status": f"{claim['architecture']} is not supported"}, []
     measured = _direct(claim, subjects) or _in_kind(claim, subjects)
     found = [evidence for evidence in (measured, _predicted(claim, records)) if evidence]
+    if not found and "architecture" in claim:
+        return row | {"status": f"{claim['architecture']} is not supported"}, []
     if not found:
         return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}, []
     used = [record for evidence in found for record in evidence.records]
@@ -96,7 +96,7 @@ def _paper(claim: Mapping) -> str:
 def _direct(claim: Mapping, subjects: Mapping[tuple, Sources]) -> Evidence | None:
     """On the model that the claim is about."""
     for (name, tp), sources in subjects.items():
-        if "measure" in claim and (_shape(name), tp) == (claim.get("model"), claim.get("tp")):
+        if "measure" in claim and (_shape(name), tp) == (claim["model"], claim["tp"]):
             found = MEASURES[claim["measure"]](sources, claim)
             if found:
                 status = "reproduced" if "relation" not in claim or _holds(claim, found[0]) else "differs"

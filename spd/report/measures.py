@@ -114,14 +114,16 @@ def mmlu_lost(sources: Sources, claim: Mapping) -> Finding:
 
 
 def table1(sources: Sources, claim: Mapping) -> Finding:
-    """Perplexity with block 0's attention sync kept (`full`), or its output added `before` or `after` the MLP's."""
+    """Perplexity of a design (`design`) of `residual` or `bias` (`of`), named as the command `table1` does."""
     record = next((r for r in reversed(sources.others) if r["command"] == "table1"), None)
-    return record and (number_in(record, "result", "perplexity", claim["key"]), record)
+    rows = [] if record is None else record["result"][claim["of"]]
+    return next(((row["perplexity"], record) for row in rows if row["design"] == claim["design"]), None)
 
 
 def table1_ratio(sources: Sources, claim: Mapping) -> Finding:
-    after, before = (table1(sources, {"key": key}) for key in ("after", "before"))
-    return after and (after[0] / before[0], after[1])
+    """The perplexity of a design over that of another (`over`)."""
+    design, other = (table1(sources, {**claim, "design": claim[key]}) for key in ("design", "over"))
+    return design and other and (design[0] / other[0], design[1])
 
 
 MEASURES: dict[str, Callable[[Sources, Mapping], Finding]] = {

@@ -4,6 +4,7 @@ from functools import cached_property
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.report.accuracy import accuracy_sheets
 from spd.report.figures import Sheet, sheets
 from spd.report.ledger import ledger
 from spd.report.method_figures import method_sheets
@@ -22,7 +23,8 @@ class Shelf:
     @cached_property
     def figures(self) -> dict[str, Sheet]:
         single, combined = choose(self.records)
-        drawn = sheets(single, combined) + method_sheets(self.records, single) + predicted_sheets(self.records)
+        drawn = sheets(single, combined) + accuracy_sheets(single) + method_sheets(self.records, single)
+        drawn += predicted_sheets(self.records)
         return {sheet.name: sheet for sheet in drawn}
 
     @cached_property

@@ -18,10 +18,6 @@ class Table:
     records: Sequence[Record] = field(repr=False, default=())
     essential: Sequence[str] = ()  # the columns for a page of text; none named: all
 
-    def _repr_markdown_(self) -> str:
-        """How a notebook shows it."""
-        return "\n\n".join(filter(None, (self.markdown(), self.caption)))
-
     def markdown(self, columns: Sequence[str] = ()) -> str:
         """The table alone, with all its columns or some."""
         shown = [name for name in self.formats if not columns or name in columns]
@@ -29,6 +25,10 @@ class Table:
         rule = [":--" if not self.formats[name] else "--:" for name in shown]
         lines = [shown, rule, *([line[i] for i in chosen] for line in self.cells())]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return "\n\n".join(filter(None, (self.markdown(), self.caption)))
 
     def cells(self) -> list[list[str]]:
         return [[cell(row.get(column), form) for column, form in self.formats.items()] for row in self.rows]
