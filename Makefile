@@ -54,7 +54,8 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny predict tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities predict figures ledger \
+  notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,7 +65,11 @@ help:  ## Show this list
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
 	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
-	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-tiny on another model, text or tensor-parallel degree"
+	@echo "  MODELS, TPS, TEXTS   lists that sensitivities goes over"
+	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree"
+	@echo "  NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-7b and larger"
+	@echo "  EVAL_TEXT=FILE TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README"
+	@echo "  DRY_RUN=1 SHAPE_ONLY=1     say what it takes, or run the chain on two random blocks"
 
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
 	@echo "Ready: $(PYTHON)"
@@ -76,49 +81,149 @@ lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# ---- The main job. Each stage is a file that the next one reads, so an interrupted run goes on where it stopped.
+# ---- Reproductions. Each stage is a file that the next one reads, so an interrupted run goes on where it stopped. What
+# a stage is asked (the experiment's common section and its own, settings given here) stands in $(RUN)/asked-STAGE, which
+# is written only when it changes: a changed hyper-parameter redoes what depends on it and nothing else.
 EXPERIMENT := experiments/tiny.yaml
 NAME := $(if $(MODEL),$(notdir $(patsubst %/,%,$(MODEL))),spd-tiny)$(if $(TP),-tp$(TP))
-RUN := runs/reproduce-$(NAME)
-SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
-STAGE = $(if $(MODEL),--model "$(MODEL)") --records $(RUN)/records --reproduction $(NAME)
+RUN = runs/reproduce-$(NAME)
+FIGURES = paper_figures/$(NAME)
+NPROC ?= 1
+NNODES ?= 1
+NODE_RANK ?= 0
+WORLD = $(shell expr $(NPROC) '*' $(NNODES))
+LOW_BANDWIDTH := NCCL_P2P_DISABLE=1  # between GPUs of a node, as the paper's LBW has it
+
+TO = --records $(RUN)/records --reproduction $(NAME)
+STAGE = $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVICE)) $(TO)
 ON = $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)")
+# On one text of the user's, evaluation is on the windows after those of calibration.
+APART = $(if $(DEVICE),$(if $(TEXT),--calibration-text "$(TEXT)" $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)",--skip 128)))
+EVAL = $(if $(TASKS),--tasks $(TASKS)) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
+SWEEP = $(APART) $(EVAL) \
+  $(if $(STRATEGIES),--strategies $(STRATEGIES))
+# Latency is measured on one GPU a shard, over direct links and without them, or on this machine's cores.
+BENCHES = $(if $(DEVICE),$(if $(filter cuda-$(TP),$(DEVICE)-$(WORLD)),bench-hbw bench-lbw),bench)
 
-reproduce-tiny: $(RUN)/plan.json $(RUN)/sweep.json $(RUN)/eval.json $(RUN)/bench.json  ## Sensitivity to figures
-	$(SPD) report $(RUN)/records --out paper_figures/$(NAME) --records $(RUN)/records --reproduction $(NAME) >/dev/null
-	@echo "Figures and tables are in paper_figures/$(NAME); 'make mlflow-ui' compares runs." >&2
+# One plan question by question, where the experiment asks for it.
+EVALUATED = $(if $(shell grep -s '^eval:' $(EXPERIMENT)),$(RUN)/eval.json)
 
-$(RUN)/asked: FORCE  # changes when another model, text or degree is asked for under the same name
-	@mkdir -p $(@D); echo '$(MODEL) $(TEXT) $(TP)' | cmp -s - $@ || echo '$(MODEL) $(TEXT) $(TP)' > $@
+SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
+TORCHRUN = $(PYTHON) -m torch.distributed.run
+# $(call launch,PROCESSES A NODE,PORT): a port for each stage, since another node's last one may still be closing.
+ifeq ($(NNODES),1)
+launch = $(if $(filter 1,$(1)),$(SPD),$(TORCHRUN) --standalone --nproc-per-node $(1) -m spd --experiment $(EXPERIMENT))
+else
+launch = $(TORCHRUN) --nnodes $(NNODES) --node-rank $(NODE_RANK) \
+           --master-addr $(or $(MASTER_ADDR),$(error Several nodes meet at the first: MASTER_ADDR=its name)) --master-port $(2) \
+           --nproc-per-node $(1) -m spd --experiment $(EXPERIMENT)
+endif
+# $(call run,WORDS,PROGRAM,ARGUMENTS,PROCESSES): a stage's command; with DRY_RUN what it is and what it would take.
+run = @echo "$(1)" >&2; $(if $(DRY_RUN),echo '$(strip $(2)) $(strip $(3))'; $(SPD) --dry-run $(4) $(3),set -x; $(2) $(3) >/dev/null)
+# What one process does is the first node's alone.
+first = $(if $(filter 0,$(NODE_RANK)),$(run),@:)
+REDONE = $(if $(DRY_RUN),FORCE)
 
-$(RUN)/sensitivity.json: $(RUN)/asked $(EXPERIMENT) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READY)
-	@echo "1/5 sensitivity of every block" >&2
-	@rm -rf $(RUN)/repairs  # of another model, text or experiment
-	$(SPD) sensitivity $(STAGE) $(ON) --out $@ >/dev/null
+reproduce-tiny: $(FIGURES)/tables.md  ## Sensitivity, plan, repairs, accuracy, latency, figures, ledger
+	$(PYTHON) -m spd ledger experiments/records $(RUN)/records --records $(RUN)/records --out REPRODUCTION.md >/dev/null
 
-$(RUN)/plan.json: $(RUN)/sensitivity.json
-	@echo "2/5 plan" >&2
-	$(SPD) plan $< --records $(RUN)/records --reproduction $(NAME) --out $@ >/dev/null
+# Each degree is a make of its own: $(call paper,EXPERIMENT,DEGREES,PROCESSES A NODE where NPROC does not say); never more
+# processes than shards.
+per_node = $(shell n=$(if $(filter file,$(origin NPROC)),$(2),$(NPROC)); m=$$(expr $(1) / $(NNODES)); \
+  if [ $$n -lt $$m ]; then echo $$n; else echo $$m; fi)
+paper = $(if $(SHAPE_ONLY),$(call pipeline,shape-only,$(1)-shape-only,SHAPE=$(1) MODEL=runs/reproduce-$(1)-shape-only/model),\
+  $(foreach tp,$(or $(TP),$(2)),$(call pipeline,$(1),$(1)-tp$(tp),TP=$(tp) NPROC=$(call per_node,$(tp),$(3)) DEVICE=$(or $(DEVICE),cuda)) &&) true)
+pipeline = $(MAKE) --no-print-directory PREFLIGHT=1 EXPERIMENT=experiments/$(1).yaml NAME=$(2) $(3) paper_figures/$(2)/tables.md
 
-$(RUN)/sweep.json: $(RUN)/sensitivity.json
-	@echo "3/5 perplexity and accuracy against the percentage of blocks dropped" >&2
-	$(SPD) sweep $< $(STAGE) $(ON) --repairs $(RUN)/repairs --out $@ >/dev/null
+reproduce-7b: $(READY)  ## LLaMA2-7B as in the paper, at tp 8 and 4, on GPUs (DRY_RUN=1 says what it takes)
+	+@$(call paper,llama2-7b,8 4,1)
 
-$(RUN)/eval.json: $(RUN)/plan.json
-	@echo "4/5 perplexity and accuracy of the plan, question by question" >&2
-	$(SPD) eval --plan $< $(STAGE) $(ON) --out $@ >/dev/null
+reproduce-13b: $(READY)  ## LLaMA2-13B likewise
+	+@$(call paper,llama2-13b,8 4,1)
 
-$(RUN)/bench.json: $(RUN)/sensitivity.json
-	@echo "5/5 time to first token on real processes" >&2
-	$(SPD) bench --sensitivity $< $(STAGE) --out $@ >/dev/null
+reproduce-70b: $(READY)  ## LLaMA2-70B at tp 8 (SHAPE_ONLY=1: two random blocks of its shape, without a GPU)
+	+@$(call paper,llama2-70b,8,8)
+
+# The first node writes what is asked before the pre-flight check, where all nodes meet; the others read it after.
+ASKED := $(RUN)/asked-sensitivity $(RUN)/asked-plan $(RUN)/asked-sweep $(RUN)/asked-eval $(RUN)/asked-bench
+$(ASKED): $(RUN)/asked-%: FORCE $(if $(filter 0,$(NODE_RANK)),,$(RUN)/preflight.json)
+	@$(if $(DRY_RUN)$(filter-out 0,$(NODE_RANK)),:,mkdir -p $(@D); { \
+	  awk '/^[a-z]/ { on = $$1 == "common:" || $$1 == "$*:" } { sub(/ *#.*/, "") } on && NF' $(EXPERIMENT); \
+	  echo '$(STAGE) $(ON) $(if $(filter sweep,$*),$(SWEEP)) $(if $(filter eval,$*),$(EVAL))'; } > $@.partial; \
+	  cmp -s $@.partial $@ && rm $@.partial || mv $@.partial $@)
+
+$(RUN)/preflight.json: FORCE $(if $(filter 0,$(NODE_RANK)),$(ASKED)) $(if $(SHAPE),$(MODEL)) | $(READY)
+	$(call run,pre-flight check,$(call launch,1,29500),preflight $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)") \
+	  $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)") $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") \
+	  --processes $(NPROC) --nodes $(NNODES) --folder $(RUN) --out $@,$(WORLD))
+
+READS = $(if $(PREFLIGHT),$(RUN)/preflight.json) $(READY)
+
+$(RUN)/sensitivity.json: $(RUN)/asked-sensitivity $(REDONE) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READS)
+	$(call run,1/5 sensitivity of every block,$(call launch,$(NPROC),29501),sensitivity $(STAGE) $(ON) --out $@,$(WORLD))
+
+$(RUN)/plan.json: $(RUN)/sensitivity.json $(RUN)/asked-plan $(REDONE)
+	$(call first,2/5 plan,$(SPD),plan $< $(TO) --out $@,1)
+
+$(RUN)/sweep.json: $(RUN)/sensitivity.json $(RUN)/asked-sweep $(REDONE)
+	$(call run,3/5 perplexity and accuracy against the percentage of blocks dropped,$(call launch,$(NPROC),29502),sweep $< $(STAGE) $(ON) \
+	  $(SWEEP) --repairs $(RUN)/repairs --out $@,$(WORLD))
+
+$(RUN)/eval.json: $(RUN)/plan.json $(RUN)/asked-eval $(REDONE)
+	$(call run,4/5 perplexity and accuracy of the plan,$(call launch,$(NPROC),29505),eval --plan $< $(STAGE) $(ON) \
+	  $(EVAL) --out $@,$(WORLD))
+
+$(RUN)/bench.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
+	$(call run,5/5 time to first token on real processes,$(SPD),bench --sensitivity $< $(STAGE) --out $@,1)
+
+$(RUN)/bench-hbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
+	$(call run,5/5 time to first token over direct links,$(call launch,$(NPROC),29503),bench --sensitivity $< $(STAGE) \
+	  --tp $(TP) --out $@,$(WORLD))
+
+$(RUN)/bench-lbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
+	$(call run,5/5 time to first token without direct links,$(LOW_BANDWIDTH) $(call launch,$(NPROC),29504),bench \
+	  --sensitivity $< $(STAGE) --tp $(TP) --records $(RUN)/records/lbw --out $@,$(WORLD))
+
+$(FIGURES)/tables.md: $(RUN)/plan.json $(RUN)/sweep.json $(EVALUATED) $(BENCHES:%=$(RUN)/%.json) $(REDONE)
+	$(call first,figures and tables,$(SPD),report $(RUN)/records --out $(@D) $(TO),1)
+	$(if $(filter bench-lbw,$(BENCHES)),$(call first,low bandwidth,$(SPD),report $(RUN)/records/lbw --out $(@D)/lbw $(TO),1))
+	$(if $(BENCHES),,@echo "Latency was left out: it needs one GPU for each of the tp=$(TP) shards (NPROC=$(TP))." >&2)
+	$(if $(DRY_RUN),,@echo "Figures and tables are in $(@D); 'make mlflow-ui' compares runs." >&2)
+
+runs/reproduce-$(SHAPE)-shape-only/model: | $(READY)
+	$(call run,random weights of the shape of $(SHAPE),$(SPD),shape-only --shape $(SHAPE) --blocks 2 --out $@,1)
 
 FORCE:
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself
+
+MODELS := spd-tiny
+TPS := 2 4 8
+TEXTS := builtin builtin-train
+sensitivities: $(READY)  ## Sensitivities and classes over MODELS, TPS and TEXTS: the paper's figures 4 and 6
+	@set -e; for model in $(MODELS); do for tp in $(TPS); do for text in $(TEXTS); do \
+	  at=runs/sensitivities/$$(basename $$model)-tp$$tp-$$(basename $$text); echo "$$at" >&2; \
+	  test -e $$at/plan.json && continue; set -- --records runs/sensitivities/records; \
+	  $(PYTHON) -m spd sensitivity --model $$model --tp $$tp --text $$text --windows 64 --out $$at/sensitivity.json "$$@" >/dev/null; \
+	  $(PYTHON) -m spd plan $$at/sensitivity.json --out $$at/plan.json "$$@" >/dev/null; \
+	done; done; done
+	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs >/dev/null
 
 predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
 	rm -rf runs/predict
 	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
 	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
+
+figures: $(READY)  ## Draw paper_figures again from the committed records
+	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \
+	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow >/dev/null 2>&1; \
+	done
+
+ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
+	$(PYTHON) -m spd ledger experiments/records --out REPRODUCTION.md >/dev/null
+
+notebooks: $(READY)  ## Run the notebooks and keep what they show in them
+	$(PYTHON) -m spd.notebooks notebooks
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)

@@ -18,7 +18,7 @@ from spd.checkpoint import SafetensorsFolder
 from spd.comm import Collective, Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.launch import Runtime, cores, spawn
+from spd.launch import Runtime, cores, nccl_settings, spawn
 from spd.model import Transformer
 from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
@@ -204,13 +204,14 @@ def plans_to_time(
 def _describe(model: str | None, shape: str | None) -> tuple[ModelConfig, dict]:
     if shape is not None:
         config, name, fingerprint = named_shape(shape), f"{shape} (random weights)", f"random-{shape}"
+        folder = None
     else:
         folder = resolve(model)
         config, name = ModelConfig.from_folder(folder), display_name(model)
         weights = SafetensorsFolder(folder)
         weights.validate(config)
         fingerprint = weights.fingerprint(config)
-    return config, describe(config, name, fingerprint)
+    return config, describe(config, name, fingerprint, folder)
 
 
 def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
@@ -233,6 +234,8 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
     measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings)
     setting = {"tp": tp, "world": tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
                "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype}  # fmt: skip
+    if runtime.device != "cpu":
+        setting["nccl"] = nccl_settings()
     return setting | measured | {"hardware": hardware()}
 
 

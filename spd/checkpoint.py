@@ -6,7 +6,7 @@ Only safetensors are read, no pickles and no remote code.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,17 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
         return [Slice(f"{prefix}{name}.{kind}", 0, a, b) for name, a, b in rows[inner]]
     name, a, b = columns[inner]
     return [Slice(f"{prefix}{name}.bias")] if kind == "bias" else [Slice(f"{prefix}{name}.weight", 1, a, b)]
+
+
+def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+    """The head of a file with these tensors, name: (dtype, shape, bytes), whose contents follow it in this order."""
+    described, offset = {}, 0
+    for name, (dtype, shape, size) in tensors.items():
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    header = json.dumps(described).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 class SafetensorsFolder:

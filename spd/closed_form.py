@@ -15,7 +15,7 @@ Everything here needs the MLP's sync to stay `full`. Shapes as in `model.py`; F 
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -29,8 +29,8 @@ from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.evaluate import batches
-from spd.least_squares import Moments, best_ridge, conjugate_gradients
-from spd.model import Block, Context, Transformer
+from spd.least_squares import Coefficients, Moments, Rows, best_ridge, conjugate_gradients
+from spd.model import Block, Context, Transformer, shard_linear
 from spd.permute import permute_heads, permute_neurons
 from spd.plan import DROP, FULL, Plan
 
@@ -70,6 +70,22 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Original:
+    """What a block was before it was corrected: a copy of the weights that change, and no more of a large block."""
+
+    block: Block  # for what does not change
+    gate_up: Tensor
+    out: Tensor
+
+    @classmethod
+    def of(cls, block: Block) -> "Original":
+        return cls(block, block.mlp.gate_up.weight.clone(), block.attention.out.weight.clone())
+
+    def attended(self, batch: "Batch") -> Stream:
+        return Stream(batch.x).produce(shard_linear(batch.mixed, self.out), self.block.attention.out.bias)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Windows that enter a block (B, T, D), their targets (B, T, D) and what the heads gather (S, B, T, h d)."""
 
@@ -94,10 +110,13 @@ class Calibration:
     context: Callable[[Stream], Context]
     mixed: Sequence[Tensor] | None = None
 
+    @property
+    def tokens(self) -> int:
+        return sum(x.shape[0] * x.shape[1] for x in self.inputs)
+
     def batches(self, site: Site, tokens: int | None = None) -> Iterator[Batch]:
         """All batches, or every n-th so that they hold at least about `tokens` tokens, if there are so many."""
-        total = sum(x.shape[0] * x.shape[1] for x in self.inputs)
-        every, seen = max(1, total // tokens) if tokens else 1, 0
+        every, seen = max(1, self.tokens // tokens) if tokens else 1, 0
         for number, (x, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
             held_out = torch.arange(seen, seen + len(x)) % HELD_OUT == HELD_OUT - 1
             seen += len(x)
@@ -111,16 +130,19 @@ class Calibration:
 
 
 @torch.no_grad()
-def repair_block(site: Site, data: Calibration, options: Options = Options()) -> dict:
+def repair_block(
+    site: Site, data: Calibration, options: Options = Options(), saved: Mapping[str, Tensor] | None = None
+) -> dict:
     """Repairs one block for a dropped attention sync, in place; every process ends with the same decision.
 
-    A repair that would end worse than the block as it was, or not finite, is undone.
+    A repair that would end worse than the block as it was, or not finite, is undone, with the caller's copy `saved`
+    of its parameters where there is one.
 
     Returns:
         `error_before`, `error_after` (mean squared error of the block's output on all the calibration data),
         `steps` (name and error after it of every step taken) and `kept` (False: undone).
     """
-    saved = copy.deepcopy(site.block.state_dict())
+    saved = copy.deepcopy(site.block.state_dict()) if saved is None else saved
     before, steps = output_error(site, data), {}
     if math.isfinite(before):
         steps = dict(_steps(site, data, options))
@@ -138,10 +160,11 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
         yield "heads", output_error(site, data)
     if options.remember_heads:
         data = data.remember_heads(site)
-    corrections = input_corrections(site, block, data) if options.correct else None
+    as_it_is = Original(block, block.mlp.gate_up.weight, block.attention.out.weight)
+    corrections = input_corrections(site, as_it_is, data) if options.correct else None
     if options.place:
         place_neurons(site, data, corrections, options.placement_tokens)
-    original = copy.deepcopy(block)
+    original = Original.of(block)
     if corrections is not None:
         apply_corrections(block, original, corrections)
     placed = output_error(site, data)
@@ -150,7 +173,7 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
     if not options.refit:
         return
     if options.refit_attention:
-        unfitted = copy.deepcopy(block.state_dict())
+        unfitted = block.mlp.down.weight.clone()
         ridge = refit(site, data, options, attention=True)
         if options.correct:  # the shards' inputs have changed
             apply_corrections(block, original, input_corrections(site, original, data))
@@ -159,7 +182,10 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
         if error < placed:
             yield "refit with attention", error
             return
-        block.load_state_dict(unfitted)
+        block.mlp.down.weight.copy_(unfitted)
+        block.attention.out.weight.copy_(original.out)
+        if corrections is not None:
+            apply_corrections(block, original, corrections)
     refit(site, data, options)
     yield "refit", output_error(site, data)
 
@@ -202,40 +228,41 @@ def _missing(site: Site, batch: Batch, stream: Stream) -> Tensor:
 
 
 @torch.no_grad()
-def input_corrections(site: Site, original: Block, data: Calibration) -> Tensor:
-    """Matrices (S, D, D) that predict the MLP input without a drop from what each hosted shard sees now.
+def input_corrections(site: Site, original: Original, data: Calibration) -> Coefficients:
+    """What to add to each hosted shard's MLP input, predicted from it, for the input it would have without a drop.
 
-    `original` is the block whose undropped MLP input is wanted, on the student's inputs; `site.block` may differ from
-    it in its attention output projection. Inputs are meant after the norm. A shard for which no ridge predicts
-    better on held-out windows than its own input keeps the identity.
+    `original` says which undropped MLP input is wanted, on the student's inputs; `site.block` may differ from it in
+    its attention output projection. Inputs are meant after the norm. A shard for which no ridge predicts better on
+    held-out windows than its own input is given no correction.
     """
     shards, width = site.shards.k, site.config.hidden_size
-    moments = [Moments(shards, width, width, original.mlp_norm.weight.device) for _ in range(2)]
+    few, device = data.tokens < width, original.block.mlp_norm.weight.device
+    parts = [Rows() if few else Moments(shards, width, width, device) for _ in range(2)]
     for batch in data.batches(site):
-        stream = _attended(original, batch)
-        wanted = original.mlp_norm(stream.x + _all_reduced(site, stream.pending))
+        stream = original.attended(batch)
+        wanted = original.block.mlp_norm(stream.x + _all_reduced(site, stream.pending))
         seen = site.block.mlp_norm(_attended(site.block, batch).read())
-        for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
-            moment.add(seen[:, windows], (wanted - seen)[:, windows])
-    change = (moments[0] + moments[1]).solve(best_ridge(*moments))
-    return torch.eye(width, dtype=torch.double, device=change.device) + change
+        for part, windows in zip(parts, (~batch.held_out, batch.held_out), strict=True):
+            part.add(seen[:, windows], (wanted - seen)[:, windows])
+    return (parts[0] + parts[1]).solve(best_ridge(*parts))
 
 
 @torch.no_grad()
-def apply_corrections(block: Block, original: Block, corrections: Tensor) -> None:
-    """Gate and up projections of `block` become the original's after the corrections (S, D, D)."""
-    weight = original.mlp.gate_up.weight
-    block.mlp.gate_up.weight.copy_((weight.double() @ corrections).to(weight))
+def apply_corrections(block: Block, original: Original, corrections: Coefficients) -> None:
+    """Gate and up projections of `block` become the original's after the corrections, a shard at a time."""
+    for shard, weight in enumerate(original.gate_up[:, None]):
+        change = corrections[shard : shard + 1].after(weight)
+        block.mlp.gate_up.weight[shard] = (weight.to(change) + change)[0].to(weight)
 
 
 # Placing
 
 
 @torch.no_grad()
-def placement_costs(site: Site, data: Calibration, corrections: Tensor | None, tokens: int) -> Tensor:
+def placement_costs(site: Site, data: Calibration, corrections: Coefficients | None, tokens: int) -> Tensor:
     """Squared error (F, tp) each neuron would cause in the block's output, summed over tokens, on each shard.
 
-    The neuron's activation on the shard's input (after `corrections` (S, D, D), where given) against that on the
+    The neuron's activation on the shard's input (after `corrections`, where given) against that on the
     undropped input, times the squared norm of its column of the down projection. Each process reckons its hosted
     shards' columns for all F neurons.
     """
@@ -248,7 +275,7 @@ def placement_costs(site: Site, data: Calibration, corrections: Tensor | None, t
         for shard, pending in enumerate(stream.pending):
             seen = block.mlp_norm(stream.x + pending)
             if corrections is not None:
-                seen = seen @ corrections[shard].mT.to(seen)
+                seen = seen + corrections[shard : shard + 1](seen[None])[0].to(seen)
             error = _activations(seen, weight, bias) - wanted
             costs[shard] += error.float().square().sum((0, 1))
     return shards.gather(costs * power).T
@@ -261,7 +288,7 @@ def _all_neurons(block: Block, shards: Shards) -> tuple[Tensor, Tensor | None, T
     bias = mlp.gate_up.bias
     if bias is not None:
         bias = shards.gather(bias).unflatten(1, halves).transpose(0, 1).flatten(1, 2)
-    return weight, bias, shards.gather(mlp.down.weight.double().square().sum(1)).flatten()
+    return weight, bias, shards.gather(mlp.down.weight.square().sum(1, dtype=torch.double)).flatten()
 
 
 def _activations(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -271,7 +298,7 @@ def _activations(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def place_neurons(
-    site: Site, data: Calibration, corrections: Tensor | None = None, tokens: int = Options.placement_tokens
+    site: Site, data: Calibration, corrections: Coefficients | None = None, tokens: int = Options.placement_tokens
 ) -> float:
     """Moves every neuron to the shard that serves it best, equally many to each; the summed cost that remains."""
     costs = placement_costs(site, data, corrections, tokens).cpu().numpy()
@@ -365,15 +392,18 @@ def refit(
         choice on windows that an earlier refit has seen would favour no change.
     """
     features = site.config.intermediate_size + (site.config.hidden_size if attention else 0)
-    together = site.shards.world == 1 and features <= options.joint_features
-    if together:
+    if data.tokens < features:
+        change, ridge = _refit_rows(site, data, attention, ridge)
+    elif site.shards.world == 1 and features <= options.joint_features:
         change, ridge = _refit_joint(site, data, attention, ridge)
     else:
         change, ridge = _refit_sweeps(site, data, attention, ridge, options.sweeps)
     down, out = site.block.mlp.down.weight, site.block.attention.out.weight
-    down.copy_((down.double() + change[..., : down.shape[2]]).to(down))
-    if attention:
-        out.copy_((out.double() + change[..., down.shape[2] :]).to(out))
+    for shard in range(site.shards.k):
+        mine = change[shard : shard + 1].dense()[0]
+        for weight, part in ((down[shard], mine[:, : down.shape[2]]), (out[shard], mine[:, down.shape[2] :])):
+            if part.shape[1]:
+                weight.copy_((weight.to(part) + part).to(weight))
     return ridge
 
 
@@ -382,8 +412,24 @@ def _feature_count(site: Site, attention: bool) -> int:
     return mlp.shape[2] + (out.shape[2] if attention else 0)
 
 
-def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Tensor, float]:
-    """Changes (S, D, p) of the projections from one Gram matrix of all S p features, and their ridge."""
+def _refit_rows(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Coefficients, float]:
+    """Changes (S, D, p) of the projections where tokens are fewer than features; only kernels of tokens travel."""
+
+    def joint(parts: Tensor) -> Tensor:
+        return site.shards.all_reduce(parts.sum(0, keepdim=True), POINT)
+
+    parts = [Rows(joint) for _ in range(2)]
+    for batch in data.batches(site):
+        features, stream = _features(site, batch, attention)
+        missing = _missing(site, batch, stream)[None]
+        for part, windows in zip(parts, (~batch.held_out, batch.held_out), strict=True):
+            part.add(features[:, windows], missing[:, windows])
+    ridge = best_ridge(*parts).item() if ridge is None else ridge
+    return (parts[0] + parts[1]).solve(ridge), ridge
+
+
+def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Coefficients, float]:
+    """The same from one Gram matrix of all S p features."""
     shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
     moments = [Moments(1, shards * count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
     for batch in data.batches(site):
@@ -392,12 +438,13 @@ def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | 
         for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
             moment.add(features[None, windows], missing[None, windows])
     ridge = best_ridge(*moments).item() if ridge is None else ridge
-    return (moments[0] + moments[1]).solve(ridge)[0].unflatten(1, (shards, count)).movedim(1, 0), ridge
+    found = (moments[0] + moments[1]).solve(ridge).dense()[0]
+    return Coefficients(found.unflatten(1, (shards, count)).movedim(1, 0)), ridge
 
 
 def _refit_sweeps(
     site: Site, data: Calibration, attention: bool, ridge: float | None, sweeps: int
-) -> tuple[Tensor, float]:
+) -> tuple[Coefficients, float]:
     """The same with one Gram matrix a shard: only predictions (B, T, D) travel between processes.
 
     The ridge is the one which serves best when each shard regresses by itself.
@@ -423,9 +470,10 @@ def _refit_sweeps(
 
     ridge = best_ridge(*moments, total).item() if ridge is None else ridge
     if not np.isfinite(ridge):
-        return torch.zeros_like(moments[0].cross), ridge
+        return Coefficients(torch.zeros_like(moments[0].cross)), ridge
     both = moments[0] + moments[1]
-    return conjugate_gradients(both, ridge, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps), ridge
+    found = conjugate_gradients(both, ridge, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps)
+    return Coefficients(found), ridge
 
 
 # Whole models

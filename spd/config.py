@@ -169,6 +169,9 @@ SHAPES = {
 }
 
 
+HUB_IDS = {f"meta-llama/Llama-2-{size}-hf": f"llama2-{size}" for size in ("7b", "13b", "70b")}  # of named shapes
+
+
 def named_shape(name: str) -> ModelConfig:
     """Raises SPDError listing the known names."""
     if name not in SHAPES:

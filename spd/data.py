@@ -12,6 +12,8 @@ from spd.errors import SPDError
 from spd.tiny import corpus
 
 BUILTIN = {"builtin": True, "builtin-train": False}  # name -> held out?
+# name -> data set, configuration and split on the hub; rows joined by empty lines, as GPTQ's protocol has it
+HUB_TEXTS = {f"wikitext2-{split}": ("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")}
 CHARACTERS_PER_TOKEN = 8  # generous: how much of a long text to read for a number of tokens, at first
 
 
@@ -49,7 +51,7 @@ def read_windows(
     The whole text is tokenised without special tokens; this is GPTQ's protocol but for its one leading BOS.
 
     Args:
-        text: a file, `builtin` (spd-tiny's held-out text) or `builtin-train`.
+        text: a file, `builtin` (spd-tiny's held-out text), `builtin-train`, or a name of `HUB_TEXTS`.
         max_positions: the model's, which `seq_len` must not exceed.
 
     Raises:
@@ -87,7 +89,7 @@ def _tokens(text: str, tokenizer, wanted: int | None) -> tuple[list[int], bool, 
         content = corpus.read(BUILTIN[text])
         note = corpus.difference_from_committed(content, BUILTIN[text])
     else:
-        content, note = read_text(Path(text)), None
+        content, note = read_hub_text(text) if text in HUB_TEXTS else read_text(Path(text)), None
     return tokenizer(content, add_special_tokens=False)["input_ids"], True, note
 
 
@@ -101,12 +103,27 @@ def _enough(read: Callable[[int], str], tokenizer, wanted: int) -> list[int]:
         characters, length = 2 * characters, len(content)
 
 
+def read_hub_text(name: str) -> str:
+    """One of `HUB_TEXTS`, downloaded or from the data sets' cache. Raises SPDError where neither can be had."""
+    from datasets import load_dataset
+
+    repository, configuration, split = HUB_TEXTS[name]
+    try:
+        rows = load_dataset(repository, configuration, split=split)
+    except Exception as error:  # the hub's, the file system's and datasets' own
+        raise SPDError(
+            f"The text {name} ({repository}, {configuration}) is not in the local cache and the hub cannot be reached; "
+            "give a file (make: TEXT=FILE)."
+        ) from error
+    return "\n\n".join(rows["text"])
+
+
 def read_text(path: Path) -> str:
     """Raises SPDError unless `path` is a readable, non-empty UTF-8 text."""
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise SPDError(f"There is no text {path}; give a file, 'builtin' or 'builtin-train'.") from None
+        raise SPDError(f"There is no text {path}; give a file or one of {', '.join((*BUILTIN, *HUB_TEXTS))}.") from None
     except UnicodeDecodeError:
         raise SPDError(f"The text {path} is not UTF-8.") from None
     except OSError as error:

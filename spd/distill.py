@@ -79,7 +79,7 @@ def distill(
     plan = Plan.from_policies(document["policies"])
     if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
         raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
-    arguments = _arguments(model, tokens, document, options)
+    arguments = arguments_of(model, tokens, document, options)
     workspace = Workspace(folder, arguments, leads, model.transformer.shards)
     if workspace.result is not None:
         return workspace.result
@@ -91,7 +91,7 @@ def distill(
     return result
 
 
-def _arguments(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
+def arguments_of(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
     """What makes two runs the same."""
     data = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
     same = {"model": model.fingerprint, "tp": model.tp, "data": data, "policies": document["policies"]}
@@ -203,7 +203,7 @@ class _Run:
         note = self._kept_block(i) | {"treatment": ", ".join((*actions, "drop")), "loss_before": loss()}
         try:
             for action in actions:
-                self._act(action, i, inputs, targets, note)
+                self._act(action, i, inputs, targets, note, before)
             note["loss_after"] = loss()
         except Diverged:
             note["note"] = f"the loss became non-finite; kept {KEPT}"
@@ -215,15 +215,17 @@ class _Run:
             note["loss_after"] = note["loss_before"]
         return note
 
-    def _act(self, action: str, i: int, inputs: Activations, targets: Activations, note: dict) -> None:
+    def _act(
+        self, action: str, i: int, inputs: Activations, targets: Activations, note: dict, before: dict[str, Tensor]
+    ) -> None:
         seed = self.options.seed + 1000 * (i + 1)
         if action == CLOSED_FORM:
             site = Site(self.transformer.blocks[i], i, self.transformer.shards, self.model.config)
             windows = range(self.kept)  # the model's own text would double the time for little
             streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
-            note["closed_form"] = repair_block(
-                site, Calibration(*streams, self.transformer.context), self.options.closed_form
-            )["steps"]
+            calibration = Calibration(*streams, self.transformer.context)
+            saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
+            note["closed_form"] = repair_block(site, calibration, self.options.closed_form, saved)["steps"]
         elif action == GROUP:
             passes = Passes(inputs, self.transformer, range(self.trained))
             block, shards = self.transformer.blocks[i], self.transformer.shards

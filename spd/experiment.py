@@ -18,12 +18,21 @@ class Common(_Section):
 
     model: str | None = Field(None, description="folder, `spd-tiny` or hub id")
     tp: int | None = Field(None, ge=1, description="logical tensor-parallel degree")
-    text: str | None = Field(None, description="file, `builtin` or `builtin-train`")
+    text: str | None = Field(None, description="file, `builtin`, `builtin-train`, `wikitext2-train` or `-test`")
     seq_len: int | None = Field(None, ge=2, description="tokens a window")
     windows: int | None = Field(None, ge=1, description="number of windows")
     skip: int | None = Field(None, ge=0, description="windows passed over first")
     dtype: str | None = None
     device: str | None = None
+
+
+class SensitivitySection(_Section):
+    """Where the measurement differs from the common options."""
+
+    text: str | None = None
+    windows: int | None = Field(None, ge=1)
+    skip: int | None = Field(None, ge=0)
+    dtype: str | None = None
 
 
 class PlanSection(_Section):
@@ -46,6 +55,10 @@ class EvaluationSection(_Section):
     percentages: str | None = Field(None, description="of blocks dropped, as `0,25,50`; left out: every number")
     strategies: str | None = Field(None, description="as `zs,b2b,b2b+hg,closed-form,best`")
     calibration: int | None = Field(None, ge=2, description="windows to repair on")
+    calibration_text: str | None = Field(None, description="where not the text that is measured on")
+    tasks: str | None = Field(None, description="accuracy too, as `arc_easy,piqa`")
+    tasks_dir: str | None = Field(None, description="folder of the tasks' JSON lines; left out: the hub")
+    limit: int | None = Field(None, ge=1, description="questions of each task")
     tau1: float | None = None
     tau2: float | None = None
     epochs: int | None = Field(None, ge=0, description="of the paper's distillation")
@@ -62,6 +75,7 @@ class BenchSection(_Section):
     link: str | None = Field(None, description="emulated link, as `10GBps,20us`")
     repeats: int | None = Field(None, ge=1)
     percentages: str | None = None
+    dtype: str | None = None
 
 
 class DistillSection(_Section):
@@ -82,11 +96,16 @@ class DistillSection(_Section):
 
 class Experiment(_Section):
     common: Common = Common()
+    sensitivity: SensitivitySection = SensitivitySection()
     plan: PlanSection = PlanSection()
     distill: DistillSection = DistillSection()
     eval: EvaluationSection = EvaluationSection()
     sweep: EvaluationSection = EvaluationSection()
     bench: BenchSection = BenchSection()
+
+    def texts(self) -> list[str]:
+        """Those that any of its commands reads."""
+        return [t for t in (self.common.text, self.sweep.text, self.sweep.calibration_text, self.distill.text) if t]
 
     def defaults(self, command: str, options: set[str]) -> dict[str, Any]:
         """Defaults of a command's options, its own section before the common one."""

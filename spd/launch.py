@@ -48,10 +48,22 @@ class Runtime:
             )
         return Replicas(count, self.world // count, self.rank)
 
+    def gather(self, thing: object) -> list:
+        """What every process has, by rank."""
+        things = [thing] * self.world
+        if self.world > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
 
 def environment_rank() -> int:
     """This process's rank as its launcher says, before anything is started."""
     return int(os.environ.get("RANK", "0"))
+
+
+def nccl_settings() -> dict[str, str]:
+    """Settings that decide how GPUs talk to each other."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
 
 
 def tracking_uri() -> str | None:

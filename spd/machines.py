@@ -188,6 +188,19 @@ def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> MeasuredAllReduce
     return MeasuredAllReduce(f"NCCL measured on {system}, {nodes} x {tp // nodes}", sizes, seconds)
 
 
+def gpu_memory(name: str) -> float:
+    """Bytes."""
+    return float(_gpu_row(name)["memory_bytes"])
+
+
+def gpu_flops(name: str, dtype: str) -> float:
+    """Peak of matrix products a second: in 16 bits; in float32, no shorter format inside; half of that in float64."""
+    row = _gpu_row(name)
+    if dtype in ("float32", "float64"):
+        return float(row["float32_flops"]) / (1 if dtype == "float32" else 2)
+    return float(row["matrix_flops"])
+
+
 def gpu_names() -> list[str]:
     return [row["gpu"] for row in read_profile("gpus")]
 

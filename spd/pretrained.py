@@ -17,6 +17,7 @@ from spd.generate import Sampling, generate
 from spd.model import Transformer
 from spd.plan import Plan, plan_file, read_plan_document
 from spd.repaired import load_changed
+from spd.shape_only import mark_of, name_of
 from spd.tiny import MODEL_DIR
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -160,12 +161,15 @@ class SPDModel:
         return generate(self.transformer, ids, max_new_tokens, sampling or Sampling())
 
     def describe(self) -> dict:
-        return describe(self.config, self.name, self.fingerprint)
+        return describe(self.config, self.name, self.fingerprint, self.folder)
 
 
-def describe(config: ModelConfig, name: str, fingerprint: str) -> dict:
-    """What a record or a plan says of a model."""
-    return {"name": name, "fingerprint": fingerprint, "blocks": config.num_blocks, "parameters": config.parameters()}
+def describe(config: ModelConfig, name: str, fingerprint: str, folder: Path | None = None) -> dict:
+    """What a record or a plan says of a model; `shape_only` where its weights are random (`spd.shape_only`)."""
+    mark = None if folder is None else mark_of(folder)
+    described = {"name": name, "fingerprint": fingerprint}
+    described |= {"blocks": config.num_blocks, "parameters": config.parameters()}
+    return described | ({"shape_only": mark} if mark else {})
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -177,4 +181,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def display_name(model: str | Path) -> str:
-    return Path(model).resolve().name if Path(model).is_dir() else str(model)
+    if not Path(model).is_dir():
+        return str(model)
+    mark = mark_of(Path(model))
+    return name_of(mark) if mark else Path(model).resolve().name

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spd.checkpoint import SafetensorsFolder
+from spd.checkpoint import SafetensorsFolder, safetensors_header
 from spd.comm import Shards
 from spd.errors import SPDError
 from spd.model import Transformer
@@ -182,18 +182,12 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def join(files: list[Path], target: Path) -> None:
     """One safetensors file of the tensors of several, copied as bytes, so that memory does not grow with the model."""
-    entries, offset = {}, 0
-    for file in files:
-        for name, entry in SafetensorsFolder.header(file).items():
-            span = [offset, offset + entry["bytes"]]
-            entries[name] = (entry, {"dtype": entry["dtype"], "shape": list(entry["shape"]), "data_offsets": span})
-            offset = span[1]
-    header = json.dumps({name: described for name, (_, described) in entries.items()}).encode()
-    header += b" " * (-len(header) % 8)
+    entries = {name: entry for file in files for name, entry in SafetensorsFolder.header(file).items()}
+    header = safetensors_header({name: (e["dtype"], e["shape"], e["bytes"]) for name, e in entries.items()})
     partial = target.with_name(target.name + ".partial")
     with partial.open("wb") as out:
-        out.write(len(header).to_bytes(8, "little") + header)
-        for entry, _ in entries.values():
+        out.write(header)
+        for entry in entries.values():
             with entry["file"].open("rb") as source:
                 source.seek(entry["offset"])
                 _copy(source, out, entry["bytes"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spd import track
+from spd import mirror, track
 from spd.comm import Replicas
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
@@ -53,23 +53,25 @@ class Session:
             o.model, shards=shards, dtype=getattr(o, "dtype", "float32"), device=self.runtime.device
         )
 
-    def calibration(self, model: SPDModel, windows: int) -> Windows:
-        """The first `windows` of the text, for repairs; the command's own windows must come after them."""
-        if self.options.skip < windows:
+    def calibration(self, model: SPDModel, windows: int, text: str | None = None) -> Windows:
+        """The first `windows` of a text, for repairs; if it is the command's own, its windows must come after them."""
+        if text in (None, self.options.text) and self.options.skip < windows:
             raise SPDError(
                 f"Calibration and evaluation overlap; --calibration {windows} needs --skip {windows} or more."
             )
-        return self.windows(model, windows, 0)
+        return self.windows(model, windows, 0, text)
 
-    def windows(self, model: SPDModel, windows: int | None = None, skip: int | None = None) -> Windows:
-        """Those of the options, or others of the same text."""
-        o = self.options
-        if o.text is None:
+    def windows(
+        self, model: SPDModel, windows: int | None = None, skip: int | None = None, text: str | None = None
+    ) -> Windows:
+        """Those of the options, or others."""
+        o, text = self.options, text or self.options.text
+        if text is None:
             raise SPDError("No text was given: --text FILE, 'builtin' or 'builtin-train'.")
         positions = model.config.max_positions
         seq_len = o.seq_len or min(positions, LONGEST_DEFAULT)
         found = read_windows(
-            o.text, model.tokenizer, seq_len, windows or o.windows, o.skip if skip is None else skip, positions
+            text, model.tokenizer, seq_len, windows or o.windows, o.skip if skip is None else skip, positions
         )
         if found.note and self.runtime.leads:
             say(f"warning: {found.note}")
@@ -127,7 +129,7 @@ class Session:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command not in ("report", "export"):
+        if o.out is not None and self.command not in ("report", "ledger", "export"):
             track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
@@ -136,4 +138,4 @@ class Session:
         path = track.write_record(record, o.records)
         print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
         if o.mlflow:
-            track.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or track.DEFAULT_TRACKING_URI)
+            mirror.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or mirror.DEFAULT_TRACKING_URI)

@@ -1,12 +1,14 @@
 """Perplexity against the percentage of blocks dropped, for several ways to repair them (figure 7's upper panels)."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from spd.distill import distill
+from spd.distill import arguments_of, distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.plan import Plan
@@ -79,6 +81,7 @@ def curve(
             points.append({"strategy": strategy, "blocks": blocks, "percent": percent, "plan": str(model.plan),
                            "perplexity": found["perplexity"], "nats": found["nats"],
                            **(scores(model) if scores else {})})  # fmt: skip
+            del model  # before the next one is read, lest there be two in memory
             progress(1)
     return points
 
@@ -92,12 +95,13 @@ def _models(load, strategy: str, plans: dict, sensitivity: list[float], repairs)
 
 def _each_repaired(load, recipe: str, plans: dict, sensitivity: list[float], repairs: Repairs) -> Iterator:
     """A repair for each plan."""
+    model = None
     for blocks, plan in plans.items():
+        model = None  # first, lest there be two
         model = load()
         if blocks:
             document = make_plan(sensitivity, str(blocks), repairs.tau1, repairs.tau2)
-            folder = repairs.folder / f"{recipe}-{blocks}"
-            _repair(model, document, repairs.options[recipe], folder, repairs)
+            folder = _repair(model, document, repairs.options[recipe], f"{recipe}-{blocks}", repairs)
             model.load_plan(folder)  # also where an earlier run had finished it
         model.plan = plan
         yield blocks, model
@@ -110,10 +114,9 @@ def _repaired_once(load, strategy: str, plans: dict, sensitivity: list[float], r
         document = make_plan(sensitivity, "100%", repairs.tau1, repairs.tau2)
         members = [i for i, block_class in enumerate(document["classes"]) if block_class == name]
         document["policies"] = Plan.dropping(len(sensitivity), attention=members).policies()
-        folder = repairs.folder / f"{treatment}-{name}"
         if members:
-            _repair(load(), document, repairs.options[treatment], folder, repairs)
-        folders |= dict.fromkeys(members, folder)
+            folder = _repair(load(), document, repairs.options[treatment], f"{treatment}-{name}", repairs)
+            folders |= dict.fromkeys(members, folder)
     model = load()
     for blocks, plan in plans.items():  # ever more blocks are dropped
         for i in sorted(folders.keys() & set(plan.dropped()) - present):
@@ -123,8 +126,14 @@ def _repaired_once(load, strategy: str, plans: dict, sensitivity: list[float], r
         yield blocks, model
 
 
-def _repair(model: SPDModel, document: dict, options: Options, folder: Path, repairs: Repairs) -> None:
-    """Repairs a model as it was read, with a bar of its own, unless that was done in an earlier run."""
-    steps = total_steps(document, options, len(repairs.calibration))
-    with repairs.bar(steps, f"steps of {folder.name}") as told:
+def _repair(model: SPDModel, document: dict, options: Options, name: str, repairs: Repairs) -> Path:
+    """Repairs a model as it was read, with a bar of its own, unless that was done in an earlier run; gives the folder.
+
+    Its name ends with a digest of all that the repair depends on, so that a sweep with other numbers finds what it
+    shares with the last one.
+    """
+    same = json.dumps(arguments_of(model, repairs.calibration, document, options), sort_keys=True)
+    folder = repairs.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+    with repairs.bar(total_steps(document, options, len(repairs.calibration)), f"steps of {name}") as told:
         distill(model, repairs.calibration, document, options, folder, repairs.leads, told)
+    return folder

@@ -27,7 +27,7 @@ from spd.config import ModelConfig
 from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import perplexity
-from spd.least_squares import Moments, best_ridge
+from spd.least_squares import Moments, Rows, best_ridge
 from spd.model import Transformer
 from spd.permute import permute_heads, permute_neurons
 from spd.plan import DROP, FULL, Plan
@@ -73,14 +73,15 @@ def test_ridge_equals_an_independent_solver():
     moments = Moments(2, 5, 3)
     for part in (slice(0, 40), slice(40, 90)):  # in a stream
         moments.add(f[:, part], t[:, part])
-    solution = moments.solve(torch.tensor([0.0, 0.5]))
+    found = moments.solve(torch.tensor([0.0, 0.5]))
+    solution = found.dense()
     plain = torch.linalg.lstsq(f[0].double(), t[0].double()).solution.T
     torch.testing.assert_close(solution[0], plain, rtol=0, atol=1e-5)
     root = (0.5 * moments.gram[1].diagonal()).sqrt().diag()  # ridge as so many more observations of 0
     more = torch.cat((f[1].double(), root)), torch.cat((t[1].double(), torch.zeros(5, 3)))
     torch.testing.assert_close(solution[1], torch.linalg.lstsq(*more).solution.T, rtol=0, atol=1e-5)
     left = (t.double() - f.double() @ solution.mT).square().sum((1, 2))
-    torch.testing.assert_close(moments.error(solution), left, rtol=1e-5, atol=0)
+    torch.testing.assert_close(moments.error(found), left, rtol=1e-5, atol=0)
 
 
 def test_held_out_windows_choose_the_ridge():
@@ -93,7 +94,46 @@ def test_held_out_windows_choose_the_ridge():
     held_out.add(f[:, 45:], noise[:, 45:])
     ridges = best_ridge(fit, held_out)
     assert ridges.tolist() == [float("inf"), 1e-5]
-    assert not fit.solve(ridges)[0].any()
+    assert not fit.solve(ridges).dense()[0].any()
+
+
+@pytest.mark.parametrize("tokens", [12, 60])
+def test_the_dual_form_equals_the_primal(tokens):
+    """With fewer and with more tokens than features, unlike scales, a dead feature; also what it is chosen by."""
+    generator = torch.Generator().manual_seed(0)
+    f, t = torch.randn(2, tokens, 20, generator=generator), torch.randn(2, tokens, 3, generator=generator)
+    f *= torch.logspace(-2, 2, 20)
+    f[:, :, 7] = 0
+    cut, both = tokens - 4, []
+    for pair in ([Moments(2, 20, 3) for _ in range(2)], [Rows() for _ in range(2)]):
+        for rows, part in ((slice(0, 5), 0), (slice(5, cut), 0), (slice(cut, tokens), 1)):
+            pair[part].add(f[:, rows], t[:, rows])
+        both.append(pair)
+    (fit, held_out), (fit_rows, held_out_rows) = both
+    for ridge in (1e-3, torch.tensor([0.1, torch.inf])):
+        primal, dual = fit.solve(ridge), fit_rows.solve(ridge)
+        scale = torch.logspace(-2, 2, 20)  # compared as contributions
+        torch.testing.assert_close(
+            dual.dense().double() * scale, primal.dense() * scale, rtol=1e-3, atol=2e-4
+        )  # float32 Gram
+        torch.testing.assert_close(held_out_rows.error(dual), held_out.error(primal), rtol=1e-3, atol=1e-4)
+        some = torch.randn(2, 3, 2, 20, generator=generator)
+        torch.testing.assert_close(dual(some), (some.double().flatten(1, 2) @ dual.dense().double().mT).float()
+                                   .unflatten(1, (3, 2)), rtol=1e-4, atol=1e-4)  # fmt: skip
+        weights = torch.randn(2, 4, 3, generator=generator)
+        torch.testing.assert_close(dual.after(weights), weights @ dual.dense(), rtol=1e-4, atol=1e-5)
+    assert best_ridge(fit, held_out).tolist() == best_ridge(fit_rows, held_out_rows).tolist()
+
+
+def test_a_joint_dual_regression_equals_one_of_all_features():
+    generator = torch.Generator().manual_seed(0)
+    f, t = torch.randn(3, 10, 8, generator=generator), torch.randn(1, 10, 2, generator=generator)
+    joint, whole = Rows(lambda parts: parts.sum(0, keepdim=True)), Moments(1, 24, 2)
+    joint.add(f, t)
+    whole.add(f.movedim(0, 1).flatten(1)[None], t)
+    found, expected = joint.solve(0.01).dense(), whole.solve(0.01).dense()[0].unflatten(1, (3, 8)).movedim(1, 0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(joint.error(joint.solve(0.01)), whole.error(whole.solve(0.01)), rtol=1e-4, atol=1e-5)
 
 
 # Placement
@@ -183,6 +223,21 @@ def test_sweeps_over_shards_converge_to_the_joint_solution(attention):
         changed.append(_copy(site.block))
     for joint, swept in zip(changed[0].values(), changed[1].values(), strict=True):
         torch.testing.assert_close(joint, swept, rtol=0, atol=2e-4)  # float32 products in every sweep
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_few_tokens_give_the_joint_solution_in_its_dual_form(attention, monkeypatch):
+    changed = []
+    for pretended in (None, 10**9):
+        site, data = _first_block(_model())
+        data = Calibration([x[:1, :20] for x in data.inputs[:1]], [x[:1, :20] for x in data.targets[:1]], data.context)
+        assert data.tokens == 20
+        if pretended:
+            monkeypatch.setattr(Calibration, "tokens", pretended)
+        refit(site, data, Options(), attention, ridge=1e-2)
+        changed.append(_copy(site.block))
+    for rows, joint in zip(changed[0].values(), changed[1].values(), strict=True):
+        torch.testing.assert_close(rows, joint, rtol=0, atol=2e-4)
 
 
 def test_few_sweeps_already_help():

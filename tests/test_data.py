@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +99,28 @@ def test_training_text_is_read_no_further_than_asked(tokenizer):
 def test_a_changed_built_in_text_is_said(tokenizer, monkeypatch):
     monkeypatch.setattr(corpus, "read", lambda held_out, characters=None: "other words " * 200)
     assert "differs from the one spd-tiny was made with" in read_windows("builtin", tokenizer, 32).note
+
+
+def test_a_hub_text_is_its_rows_joined_by_empty_lines(tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return {"text": ["one line " * 40, "another " * 40]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = read_windows("wikitext2-test", tokenizer, 32)
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    joined = tokenizer("one line " * 40 + "\n\n" + "another " * 40, add_special_tokens=False)["input_ids"]
+    assert found.tokens.flatten().tolist() == joined[: found.tokens.numel()]
+
+
+def test_without_a_network_a_hub_text_is_refused_in_one_sentence(tokenizer, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(
+        SPDError, match=r"wikitext2-train .* the hub cannot be reached; give a file \(make: TEXT=FILE\)\.$"
+    ):
+        read_windows("wikitext2-train", tokenizer, 32)

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
 from spd.bench import BenchSettings, bench
 from spd.comm import Replicas
 from spd.data import read_windows
+from spd.distill import distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
+from spd.recipes import Options
 from spd.sensitivity import sensitivity
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -184,6 +187,29 @@ def test_under_torchrun_rank_0_alone_writes(plain, text_of_words, tmp_path):
     model = SPDModel.from_pretrained(plain, tp=4, plan=Plan.dropping(3, [1]))
     alone = perplexity(model.transformer, read_windows(str(text_of_words), model.tokenizer, 16).tokens)
     assert result["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("windows", [3, 12])  # fewer tokens than features, and more
+def test_under_torchrun_a_repair_is_the_one_of_one_process(plain, text_of_words, tmp_path, windows):
+    options = ["distill", "--model", str(plain), "--tp", "4", "--text", str(text_of_words), "--seq-len", "8",
+               "--windows", str(windows), "--drop", "0,2"]  # fmt: skip
+    run = launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *options, "--no-mlflow",
+                   "--records", str(tmp_path / "runs"), "--out", str(tmp_path / "two"))  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.strip().splitlines()) == len(list((tmp_path / "runs").iterdir())) == 1
+    model = SPDModel.from_pretrained(plain, tp=4)
+    tokens = read_windows(str(text_of_words), model.tokenizer, 8, windows).tokens
+    document = {"policies": Plan.dropping(3, [0, 2]).policies()}
+    alone, together = (
+        distill(model, tokens, document, Options.of("closed-form"), tmp_path / "one"),
+        json.loads(run.stdout),
+    )
+    for key in ("perplexity_before", "perplexity_after"):
+        assert together[key] == pytest.approx(alone[key], rel=1e-3)
+    weights = [load_file(tmp_path / folder / "changed.safetensors") for folder in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=5e-3)
 
 
 def test_torchrun_with_a_degree_that_does_not_fit(plain, text_of_words, tmp_path):

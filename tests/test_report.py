@@ -13,6 +13,7 @@ from rich.console import Console
 
 from spd.errors import SPDError
 from spd.report import choose, load_records, print_tables, report, tables
+from spd.report.shelf import Shelf
 from spd.track import make_record, write_record
 
 BLOCKS = 4
@@ -28,7 +29,8 @@ def _plan(blocks: int) -> str:
 
 def _sensitivity() -> dict:
     nats = [value / 16 for value in SENSITIVITY]
-    return {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+    found = {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+    return found | {"perplexity_from": [16.265625, 3.765625, 3.515625, 4.015625, 4.0]}
 
 
 def _planned() -> dict:
@@ -107,7 +109,9 @@ def _rows(path: Path) -> list[dict]:
 
 def test_every_figure_and_table_is_written_once(made):
     _, out, result = made
-    names = {f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "overview") for form in ("svg", "png")}
+    names = {
+        f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "transfer", "overview") for form in ("svg", "png")
+    }
     names |= {"sensitivity.csv", "perplexity.csv", "ttft.csv", "tables.md"}
     assert {Path(file).name for file in result["files"]} == names == {file.name for file in out.iterdir()}
     json.dumps(result)
@@ -200,7 +204,31 @@ def test_models_and_degrees_get_files_of_their_own(put):
         "sensitivity-synthetic-tp8",
         "sensitivity-synthetic-tp4",
         "sensitivity-other",
+        "classes",
     ]
+
+
+def test_several_settings_give_classes_and_a_map_and_a_shelf_names_them(put, tmp_path):
+    put("sensitivity", _sensitivity())
+    folder = put("sensitivity", _sensitivity(), tp=4).parent
+    report([folder], tmp_path / "out")
+    assert {"classes.svg", "classes.csv", "sensitivity-map.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    classes = _rows(tmp_path / "out" / "classes.csv")  # at the paper's thresholds: 12.5, 0.25, -0.5, 0.016
+    assert [(row["tp"], row["ISB"], row["SB"], row["ESB"]) for row in classes] == [
+        ("4", "50.0", "25.0", "25.0"),
+        ("8", "50.0", "25.0", "25.0"),
+    ]
+    shelf = Shelf(folder)
+    assert shelf.figure("classes")._repr_png_().startswith(b"\x89PNG")
+    assert "| synthetic | synthetic | 4 |" in shelf.table("classes")._repr_markdown_()
+    with pytest.raises(SPDError, match="give no 'accuracy', only sensitivity-tp8"):
+        shelf.figure("accuracy")
+
+
+def test_transfer_time_is_what_the_collectives_took(put):
+    sheet = Shelf(put("bench", _bench(), tp=2)).figure("transfer")
+    line = next(line for line in sheet.figure.axes[0].lines if len(line.get_xdata()) == 3)
+    assert list(line.get_ydata()) == [20.0, 16.0, 12.0]  # 4 real, 8 and 8, 4, 0 emulated
 
 
 # ---------------------------------------------------------------- errors in words

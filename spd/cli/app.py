@@ -1,6 +1,7 @@
 """The command line's root: the application that the modules beside it add their commands to."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -22,11 +23,18 @@ def defaults(
     experiment: Annotated[
         Path | None, typer.Option(help="YAML whose values become the defaults of the command's options.")
     ] = None,
+    dry_run: Annotated[
+        int | None,
+        typer.Option(help="Do nothing; say what it would take on so many GPUs.", metavar="PROCESSES", min=1),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Named GPU for --dry-run.")] = "a100",
 ) -> None:
+    context.obj = SimpleNamespace(experiment=None, dry_run=dry_run, gpu=gpu)
     if experiment is not None:
         from spd.experiment import read_experiment
 
         command = context.command.commands.get(context.invoked_subcommand)
         names = {parameter.name for parameter in command.params}
-        chosen = read_experiment(experiment).defaults(context.invoked_subcommand, names)
+        context.obj.experiment = read_experiment(experiment)
+        chosen = context.obj.experiment.defaults(context.invoked_subcommand, names)
         context.default_map = {context.invoked_subcommand: chosen}

@@ -130,7 +130,11 @@ def sweep(
     strategies: Annotated[
         str, typer.Option(help="How blocks are repaired, of zs (not at all), b2b, b2b+hg, closed-form, best.")
     ] = "zs",
-    calibration: Calibration = 128, repairs: RepairsFolder = Path("repairs"),
+    calibration: Calibration = 128,
+    calibration_text: Annotated[
+        str | None, typer.Option(help="Text to repair on, where not the one measured on.", metavar="FILE|NAME")
+    ] = None,
+    repairs: RepairsFolder = Path("repairs"),
     tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
     epochs: PaperEpochs = None, learning_rate: PaperRate = None,
     joint_epochs: Annotated[int | None, typer.Option(help="Of all dropped blocks together (best).")] = None,
@@ -151,21 +155,22 @@ def sweep(
         names, wanted, accuracy = parse_strategies(strategies), numbers(percentages), session.accuracy()
         loaded = session.load()
         measured = read_sensitivity(sensitivity, loaded.fingerprint, tp)["sensitivity"]
-        data, prepared = session.windows(loaded), None
+        data, described, prepared = session.windows(loaded), loaded.describe(), None
         if names != [ZERO_SHOT]:
-            learnt = session.calibration(loaded, calibration).tokens
+            learnt = session.calibration(loaded, calibration, calibration_text).tokens
             paper = {"epochs": epochs, "learning_rate": learning_rate}
             best = {"joint_epochs": joint_epochs, "generated": generated}
             options = options_of(paper, best, seed)
             prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.leads, session.progress)
         if accuracy is not None:
             accuracy.compare_with(loaded)
+        del loaded  # the curve reads it afresh for repairs, and two do not fit where one hardly does
         total = len(names) * len(plans_by_percentage(measured, wanted))
         with session.progress(total, "points") as done:
             points = curve(session.load, measured, names, wanted, data.tokens, prepared, accuracy, done)
         predictions = data.tokens.shape[0] * (data.tokens.shape[1] - 1)
         result = {"curve": points, "tokens": predictions, "windows": len(data.tokens)}
-        session.publish(result, loaded.describe(), tp, data.describe())
+        session.publish(result, described, tp, data.describe())
 
 
 @app.command()

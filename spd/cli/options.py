@@ -11,7 +11,10 @@ Model = Annotated[str, typer.Option(help="Hugging Face LLaMA folder, 'spd-tiny',
 TP = Annotated[int, typer.Option(help="Logical tensor-parallel degree; it fixes the numbers, processes do not.", min=1)]
 Text = Annotated[
     str | None,
-    typer.Option(help="Text file, 'builtin' (spd-tiny's held-out text) or 'builtin-train'.", metavar="FILE|builtin"),
+    typer.Option(
+        help="Text file, 'builtin' (spd-tiny's held-out text), 'builtin-train', 'wikitext2-train' or 'wikitext2-test'.",
+        metavar="FILE|NAME",
+    ),
 ]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a window; left out: the model's positions, at most 2048.")]
 Windows = Annotated[int | None, typer.Option(help="Use the first N windows; left out: all.")]
@@ -68,7 +71,18 @@ def open_session(context: typer.Context):
 
     _check_choice("dtype", context.params, ("float32", "bfloat16", "float16"))
     _check_choice("device", context.params, ("cpu", "cuda"))
+    say_if_dry(context)
     return Session(context.info_name, context.params)
+
+
+def say_if_dry(context: typer.Context) -> None:
+    """With --dry-run: what the command would take, and its end."""
+    if context.obj is not None and context.obj.dry_run is not None:
+        from spd.budget import reckoned
+        from spd.launch import say
+
+        say(reckoned(context.info_name, context.params, context.obj.dry_run, context.obj.gpu))
+        raise typer.Exit()
 
 
 def _check_choice(name: str, options: dict[str, Any], known: tuple[str, ...]) -> None:

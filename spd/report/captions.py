@@ -48,7 +48,8 @@ def _setting(record: Record) -> str:
     link = record["result"].get("link")
     words = f"tp={tp} on {world} process{'es' if world != 1 else ''}, batch {number_in(record, 'result', 'batch')}, "
     words += f"{number_in(record, 'result', 'prompt_len')} prompt tokens, "
-    return words + (f"emulated link {link}" if link else "no emulated link")
+    nccl = "".join(f", {name}={value}" for name, value in (record["result"].get("nccl") or {}).items())
+    return words + (f"emulated link {link}" if link else "no emulated link") + nccl
 
 
 def ttft_caption(sources: Sources) -> str:

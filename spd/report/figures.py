@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -41,9 +42,14 @@ STRATEGY_NAMES = {
     "closed-form": "closed form",
     "best": "best recipe",
 }
+PART_COLOURS = {
+    "compute_ms": ("computation", _BLUE),
+    "real_ms": ("real all-reduces", _ORANGE),
+    "emulated_ms": ("emulated link", "0.72"),
+}
 MARKERS = "osD^vP"
 LOG_FROM = 8  # a span of positive values wider than this factor is drawn on a logarithmic axis
-DPI = 200
+DPI, SCREEN_DPI = 200, 100  # of files, and in notebooks
 
 
 def plain(value: float, _position: int | None = None) -> str:
@@ -148,9 +154,7 @@ def axis_of_blocks(ax: Axes, blocks: float) -> None:
 def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     rows = timings_of(sources.bench)
     bottom = [0.0] * len(rows)
-    parts = {"compute_ms": ("computation", _BLUE), "real_ms": ("real all-reduces", _ORANGE)}
-    parts["emulated_ms"] = ("emulated link", "0.72")
-    for key, (label, colour) in parts.items():
+    for key, (label, colour) in PART_COLOURS.items():
         heights = [row[key] for row in rows]
         if any(heights):
             ax.bar(range(len(rows)), heights, bottom=bottom, label=label, color=colour, width=0.7, linewidth=0)
@@ -197,6 +201,10 @@ class Sheet:
     records: Sequence[Record]
     figure: Figure
 
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows it."""
+        return render(self, "png", SCREEN_DPI)
+
 
 def _block_width(count: int) -> float:
     return min(11.0, max(6.4, 3 + 0.13 * count))
@@ -239,14 +247,28 @@ def _figure_overview(sources: Sources) -> Figure:
     return finish(figure, overview_caption(sources))
 
 
+def style() -> ExitStack:
+    """The look of every figure, as a context to draw in."""
+    stack = ExitStack()
+    stack.enter_context(sns.plotting_context("paper"))
+    stack.enter_context(sns.axes_style("whitegrid"))
+    stack.enter_context(mpl.rc_context({"svg.hashsalt": "spd"}))
+    return stack
+
+
+def sensitivity_sheet(sources: Sources, caption: str) -> Sheet:
+    used = [record for record in (sources.sensitivity, sources.plan) if record]
+    with style():
+        figure = _figure_sensitivity(sources)
+    return Sheet("sensitivity" + sources.suffix, "Sensitivity", caption, used, figure)
+
+
 def sheets(single: Sequence[Sources], combined: Sequence[Sources]) -> list[Sheet]:
     sheets = []
-    with sns.plotting_context("paper"), sns.axes_style("whitegrid"), mpl.rc_context({"svg.hashsalt": "spd"}):
+    with style():
         for s in single:
             if s.sensitivity:
-                used = [r for r in (s.sensitivity, s.plan) if r]
-                figure = _figure_sensitivity(s)
-                sheets.append(Sheet("sensitivity" + s.suffix, "Sensitivity", sensitivity_caption(s), used, figure))
+                sheets.append(sensitivity_sheet(s, sensitivity_caption(s)))
             if s.sweeps:
                 figure = figure_single(_panel_perplexity, perplexity_caption(s), s, 6.4)
                 sheets.append(Sheet("perplexity" + s.suffix, "Perplexity", perplexity_caption(s), s.sweeps, figure))
@@ -262,7 +284,7 @@ def sheets(single: Sequence[Sources], combined: Sequence[Sources]) -> list[Sheet
     return sheets
 
 
-def render(sheet: Sheet, form: str) -> bytes:
+def render(sheet: Sheet, form: str, dpi: int = DPI) -> bytes:
     """The figure as SVG or PNG bytes, the same for the same records."""
     source = provenance(sheet.records)
     if form == "svg":
@@ -277,5 +299,5 @@ def render(sheet: Sheet, form: str) -> bytes:
         metadata = {"Title": sheet.title, "Description": sheet.caption, "Source": source, "Software": "spd"}
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "spd", "font.family": "DejaVu Sans"}):
-        sheet.figure.savefig(buffer, format=form, dpi=DPI, metadata=metadata)
+        sheet.figure.savefig(buffer, format=form, dpi=dpi, metadata=metadata)
     return buffer.getvalue()

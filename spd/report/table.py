@@ -18,6 +18,10 @@ class Table:
     records: Sequence[Record] = field(repr=False, default=())
     essential: Sequence[str] = ()  # the columns for a page of text; none named: all
 
+    def _repr_markdown_(self) -> str:
+        """How a notebook shows it."""
+        return "\n\n".join(filter(None, (self.markdown(), self.caption)))
+
     def markdown(self, columns: Sequence[str] = ()) -> str:
         """The table alone, with all its columns or some."""
         shown = [name for name in self.formats if not columns or name in columns]

@@ -11,6 +11,7 @@ from spd.errors import SPDError
 from spd.report.ablation_tables import ablation_tables
 from spd.report.accuracy import accuracy_tables
 from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.method_figures import method_tables
 from spd.report.predicted_tables import predicted_tables
 from spd.report.records import (
     Record,
@@ -38,7 +39,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    return found + ablation_tables(records) + accuracy_tables(records) + predicted_tables(records)
+    found += ablation_tables(records) + accuracy_tables(records) + method_tables(records)
+    return found + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -92,12 +94,15 @@ def csv_of(table: Table) -> bytes:
     return text.getvalue().encode()
 
 
-def markdown(found: Sequence[Table]) -> str:
-    parts = ["# Tables\n\nMade from the records named under each table; nothing is typed in.\n"]
+TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
+
+
+def markdown(found: Sequence[Table], title: str = TITLE) -> str:
+    parts = [title]
     for table in found:
-        parts.append(
-            f"## {table.name}\n\n{table.caption}\n\n{table.markdown()}\n\nSource: {provenance(table.records)}.\n"
-        )
+        source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
+        caption = f"{table.caption}\n\n" if table.caption else ""
+        parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
     return "\n".join(parts)
 
 

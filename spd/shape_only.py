@@ -1,0 +1,89 @@
+"""A model of a true shape, cut to a few blocks, with random weights: to run a whole pipeline where the model itself
+does not fit. Its numbers mean nothing, and everything made from it says so by the model's name."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spd.checkpoint import SINGLE, hf_shapes, safetensors_header
+from spd.config import ModelConfig, named_shape
+from spd.errors import SPDError
+from spd.tiny import MODEL_DIR
+from spd.track import write_json
+
+MARK = "shape_only.json"  # a model folder that holds it holds random weights
+ROWS_AT_ONCE = 1024
+
+
+def mark_of(folder: Path) -> dict | None:
+    """`shape`, `blocks` and `of` (the whole model's blocks) of a folder written here, None for any other."""
+    path = folder / MARK
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def name_of(mark: dict) -> str:
+    return f"{mark['shape']}, shape only: {mark['blocks']} of {mark['of']} blocks, random weights"
+
+
+def write_shape_only(shape: str | ModelConfig, blocks: int, folder: Path, seed: int = 0) -> dict:
+    """Writes a checkpoint folder in bfloat16 with spd-tiny's tokenizer, tensor by tensor, whole or not at all.
+
+    Args:
+        shape: a named one (`spd.config.SHAPES`), or a configuration.
+
+    Returns:
+        `folder`, `bytes` of weights, and what `mark_of` will give.
+
+    Raises:
+        SPDError: an unknown shape, more blocks than it has, a vocabulary too small for the tokenizer, or a folder
+            that holds something already.
+    """
+    config = named_shape(shape) if isinstance(shape, str) else shape
+    if not 1 <= blocks <= config.num_blocks:
+        raise SPDError(f"{shape} has {config.num_blocks} blocks and cannot be cut to {blocks}.")
+    if folder.exists():
+        raise SPDError(f"{folder} is there already; shape-only weights are written to a new folder.")
+    mark = {"shape": shape if isinstance(shape, str) else "custom", "blocks": blocks, "of": config.num_blocks}
+    tiny = json.loads((MODEL_DIR / "config.json").read_text())
+    if config.vocab_size < tiny["vocab_size"]:
+        raise SPDError(f"The tokenizer needs a vocabulary of {tiny['vocab_size']}, and the shape's is smaller.")
+    cut = replace(config, num_blocks=blocks)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in MODEL_DIR.glob("tokenizer*"):
+        shutil.copy(file, partial / file.name)
+    special = {name: tiny.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(partial / "config.json", cut.to_hf().to_dict() | special | {"dtype": "bfloat16"})
+    size = _write_weights(partial / SINGLE, cut, seed)
+    write_json(partial / MARK, mark)
+    partial.replace(folder)
+    return {"folder": str(folder), "bytes": size, **mark}
+
+
+def _write_weights(path: Path, config: ModelConfig, seed: int) -> int:
+    """Gives the number of bytes."""
+    shapes, generator = hf_shapes(config), torch.Generator().manual_seed(seed)
+    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    with path.open("wb") as out:
+        out.write(safetensors_header({name: ("BF16", shape, sizes[name]) for name, shape in shapes.items()}))
+        for name, shape in shapes.items():
+            for rows in _random(name, shape, generator):
+                out.write(rows.view(torch.uint8).numpy())
+    return sum(sizes.values())
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """A tensor's rows, some at a time, of a scale that keeps activations near 1."""
+    if len(shape) == 1:
+        yield torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        return
+    scale = 1.0 if "embed" in name else 1 / math.sqrt(shape[1])
+    for start in range(0, shape[0], ROWS_AT_ONCE):
+        size = (min(ROWS_AT_ONCE, shape[0] - start), shape[1])
+        yield torch.empty(size, dtype=torch.bfloat16).normal_(0.0, scale, generator=generator)
