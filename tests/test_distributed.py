@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
-from spd.accuracy import Accuracy
 from spd.bench import BenchSettings, bench
 from spd.comm import Replicas
 from spd.data import read_windows
@@ -21,7 +20,6 @@ from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.recipes import Options
 from spd.sensitivity import sensitivity
-from spd.tasks import load_tasks
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")
@@ -65,34 +63,46 @@ def test_several_processes_equal_one(variants, text_of_words, processes, tp, var
     assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
 
 
-def replicated(runtime: Runtime, folder: str, text: str, rows: str, copies: int) -> dict:
-    """Perplexity and accuracy on `copies` of the model."""
+def copied(runtime: Runtime, folder: str, text: str, copies: int) -> dict:
+    """Perplexity on `copies` of the model, and where in its copy this process is."""
     replicas = runtime.replicas(copies)
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
-    model.plan = Plan.from_letters("DF FF DF")
     windows = read_windows(text, model.tokenizer, 100, 50).tokens
-    accuracy = Accuracy(load_tasks("piqa", Path(rows)), None, 2, replicas, runtime.leads)
-    shards = model.transformer.shards
-    place = {"rank": shards.rank, "world": shards.world}
-    return perplexity(model.transformer, windows, replicas=replicas) | accuracy(model) | place
+    place = {"rank": model.transformer.shards.rank, "world": model.transformer.shards.world}
+    return perplexity(model.transformer, windows, replicas=replicas) | place
 
 
-@pytest.mark.parametrize(("processes", "copies"), [(2, 2), (4, 2)])
-def test_copies_of_the_model_divide_the_work(variants, text_of_words, tmp_path, processes, copies):
-    """Exactly the same numbers where each copy has one process; the batches are the same, whoever runs them."""
+def answered(runtime: Runtime, folder: str, rows: str) -> dict:
+    """Accuracy with one copy of the model on each process, and with one on all together."""
+    from spd.accuracy import Accuracy  # only here: each process of each test imports this file
+    from spd.tasks import load_tasks
+
+    found, tasks = {}, load_tasks("piqa", Path(rows))
+    for name, copies in (("apart", runtime.world), ("together", 1)):
+        replicas = runtime.replicas(copies)
+        model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
+        model.plan = Plan.from_letters("DF FF DF")
+        found[name] = Accuracy(tasks, None, 2, replicas, runtime.leads)(model)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_copies_of_the_model_divide_the_windows(variants, text_of_words, processes):
+    """Two copies. To the last bit the same where each has one process: whoever runs a batch, it is the same batch."""
+    arguments = str(variants("plain")[0]), str(text_of_words)
+    found, alone = spawn(processes, copied, *arguments, 2), copied(Runtime(), *arguments, 1)
+    assert (found["rank"], found["world"], alone["world"]) == (0, processes // 2, 1)
+    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=0 if processes == 2 else 1e-6)
+
+
+def test_copies_of_the_model_divide_the_questions(variants, tmp_path):
     rows = [
         {"goal": f"t{i} " * (i % 5 + 1), "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 22)
     ]
     (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = replicated, str(variants("plain")[0]), str(text_of_words), str(tmp_path), copies
-    together = spawn(processes, *arguments)
-    alone = replicated(Runtime(), *arguments[1:-1], 1)
-    assert together.pop("world") == processes // copies and together.pop("rank") == 0
-    assert (alone.pop("world"), alone.pop("rank")) == (1, 0)
-    if processes == copies:
-        assert together == alone
-    assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
-    assert together["tasks"] == alone["tasks"]
+    arguments = str(variants("plain")[0]), str(tmp_path)
+    found, alone = spawn(2, answered, *arguments), answered(Runtime(), *arguments)
+    assert found["apart"] == found["together"] == alone["apart"] == alone["together"]
 
 
 def test_processes_that_cannot_be_divided():
