@@ -54,7 +54,8 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b predict tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities predict bench-peers \
+  check-prediction bench-gpu figures ledger notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,7 +64,8 @@ help:  ## Show this list
 	@echo "  PYTHON=...       use this interpreter and make no environment"
 	@echo "  ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)"
 	@echo "  TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)"
-	@echo "  ARGS=...         more arguments for pytest, the training script or the MLflow server"
+	@echo "  ARGS=...         more arguments for pytest, bench-peers, the training script or the MLflow server"
+	@echo "  MODELS, TPS, TEXTS   lists that sensitivities goes over"
 	@echo "  MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree"
 	@echo "  NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-7b and larger"
 	@echo "  EVAL_TEXT=FILE TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README"
@@ -97,10 +99,14 @@ STAGE = $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVICE)) $(T
 ON = $(if $(TP),--tp $(TP)) $(if $(TEXT),--text "$(TEXT)")
 # On one text of the user's, evaluation is on the windows after those of calibration.
 APART = $(if $(DEVICE),$(if $(TEXT),--calibration-text "$(TEXT)" $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)",--skip 128)))
-SWEEP = $(APART) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT)) \
+EVAL = $(if $(TASKS),--tasks $(TASKS)) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
+SWEEP = $(APART) $(EVAL) \
   $(if $(STRATEGIES),--strategies $(STRATEGIES))
 # Latency is measured on one GPU a shard, over direct links and without them, or on this machine's cores.
 BENCHES = $(if $(DEVICE),$(if $(filter cuda-$(TP),$(DEVICE)-$(WORLD)),bench-hbw bench-lbw),bench)
+
+# One plan question by question, where the experiment asks for it.
+EVALUATED = $(if $(shell grep -s '^eval:' $(EXPERIMENT)),$(RUN)/eval.json)
 
 SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
 TORCHRUN = $(PYTHON) -m torch.distributed.run
@@ -118,7 +124,8 @@ run = @echo "$(1)" >&2; $(if $(DRY_RUN),echo '$(strip $(2)) $(strip $(3))'; $(SP
 first = $(if $(filter 0,$(NODE_RANK)),$(run),@:)
 REDONE = $(if $(DRY_RUN),FORCE)
 
-reproduce-tiny: $(FIGURES)/tables.md  ## Sensitivity, plan, perplexity, latency, figures
+reproduce-tiny: $(FIGURES)/tables.md  ## Sensitivity, plan, repairs, accuracy, latency, figures, ledger
+	$(PYTHON) -m spd ledger experiments/records $(RUN)/records --records $(RUN)/records --out REPRODUCTION.md >/dev/null
 
 # Each degree is a make of its own: $(call paper,EXPERIMENT,DEGREES,PROCESSES A NODE where NPROC does not say); never more
 # processes than shards.
@@ -138,11 +145,11 @@ reproduce-70b: $(READY)  ## LLaMA2-70B at tp 8 (SHAPE_ONLY=1: two random blocks 
 	+@$(call paper,llama2-70b,8,8)
 
 # The first node writes what is asked before the pre-flight check, where all nodes meet; the others read it after.
-ASKED := $(RUN)/asked-sensitivity $(RUN)/asked-plan $(RUN)/asked-sweep $(RUN)/asked-bench
+ASKED := $(RUN)/asked-sensitivity $(RUN)/asked-plan $(RUN)/asked-sweep $(RUN)/asked-eval $(RUN)/asked-bench
 $(ASKED): $(RUN)/asked-%: FORCE $(if $(filter 0,$(NODE_RANK)),,$(RUN)/preflight.json)
 	@$(if $(DRY_RUN)$(filter-out 0,$(NODE_RANK)),:,mkdir -p $(@D); { \
 	  awk '/^[a-z]/ { on = $$1 == "common:" || $$1 == "$*:" } { sub(/ *#.*/, "") } on && NF' $(EXPERIMENT); \
-	  echo '$(STAGE) $(ON) $(if $(filter sweep,$*),$(SWEEP))'; } > $@.partial; \
+	  echo '$(STAGE) $(ON) $(if $(filter sweep,$*),$(SWEEP)) $(if $(filter eval,$*),$(EVAL))'; } > $@.partial; \
 	  cmp -s $@.partial $@ && rm $@.partial || mv $@.partial $@)
 
 $(RUN)/preflight.json: FORCE $(if $(filter 0,$(NODE_RANK)),$(ASKED)) $(if $(SHAPE),$(MODEL)) | $(READY)
@@ -154,27 +161,31 @@ $(RUN)/preflight.json: FORCE $(if $(filter 0,$(NODE_RANK)),$(ASKED)) $(if $(SHAP
 READS = $(if $(PREFLIGHT),$(RUN)/preflight.json) $(READY)
 
 $(RUN)/sensitivity.json: $(RUN)/asked-sensitivity $(REDONE) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READS)
-	$(call run,1/4 sensitivity of every block,$(call launch,$(NPROC),29501),sensitivity $(STAGE) $(ON) --out $@,$(WORLD))
+	$(call run,1/5 sensitivity of every block,$(call launch,$(NPROC),29501),sensitivity $(STAGE) $(ON) --out $@,$(WORLD))
 
 $(RUN)/plan.json: $(RUN)/sensitivity.json $(RUN)/asked-plan $(REDONE)
-	$(call first,2/4 plan,$(SPD),plan $< $(TO) --out $@,1)
+	$(call first,2/5 plan,$(SPD),plan $< $(TO) --out $@,1)
 
 $(RUN)/sweep.json: $(RUN)/sensitivity.json $(RUN)/asked-sweep $(REDONE)
-	$(call run,3/4 quality against the percentage of blocks dropped,$(call launch,$(NPROC),29502),sweep $< $(STAGE) $(ON) \
+	$(call run,3/5 perplexity and accuracy against the percentage of blocks dropped,$(call launch,$(NPROC),29502),sweep $< $(STAGE) $(ON) \
 	  $(SWEEP) --repairs $(RUN)/repairs --out $@,$(WORLD))
 
+$(RUN)/eval.json: $(RUN)/plan.json $(RUN)/asked-eval $(REDONE)
+	$(call run,4/5 perplexity and accuracy of the plan,$(call launch,$(NPROC),29505),eval --plan $< $(STAGE) $(ON) \
+	  $(EVAL) --out $@,$(WORLD))
+
 $(RUN)/bench.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
-	$(call run,4/4 time to first token on real processes,$(SPD),bench --sensitivity $< $(STAGE) --out $@,1)
+	$(call run,5/5 time to first token on real processes,$(SPD),bench --sensitivity $< $(STAGE) --out $@,1)
 
 $(RUN)/bench-hbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
-	$(call run,4/4 time to first token over direct links,$(call launch,$(NPROC),29503),bench --sensitivity $< $(STAGE) \
+	$(call run,5/5 time to first token over direct links,$(call launch,$(NPROC),29503),bench --sensitivity $< $(STAGE) \
 	  --tp $(TP) --out $@,$(WORLD))
 
 $(RUN)/bench-lbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
-	$(call run,4/4 time to first token without direct links,$(LOW_BANDWIDTH) $(call launch,$(NPROC),29504),bench \
+	$(call run,5/5 time to first token without direct links,$(LOW_BANDWIDTH) $(call launch,$(NPROC),29504),bench \
 	  --sensitivity $< $(STAGE) --tp $(TP) --records $(RUN)/records/lbw --out $@,$(WORLD))
 
-$(FIGURES)/tables.md: $(RUN)/plan.json $(RUN)/sweep.json $(BENCHES:%=$(RUN)/%.json) $(REDONE)
+$(FIGURES)/tables.md: $(RUN)/plan.json $(RUN)/sweep.json $(EVALUATED) $(BENCHES:%=$(RUN)/%.json) $(REDONE)
 	$(call first,figures and tables,$(SPD),report $(RUN)/records --out $(@D) $(TO),1)
 	$(if $(filter bench-lbw,$(BENCHES)),$(call first,low bandwidth,$(SPD),report $(RUN)/records/lbw --out $(@D)/lbw $(TO),1))
 	$(if $(BENCHES),,@echo "Latency was left out: it needs one GPU for each of the tp=$(TP) shards (NPROC=$(TP))." >&2)
@@ -186,10 +197,57 @@ runs/reproduce-$(SHAPE)-shape-only/model: | $(READY)
 FORCE:
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself
 
+MODELS := spd-tiny
+TPS := 2 4 8
+TEXTS := builtin builtin-train
+sensitivities: $(READY)  ## Sensitivities and classes over MODELS, TPS and TEXTS: the paper's figures 4 and 6
+	@set -e; for model in $(MODELS); do for tp in $(TPS); do for text in $(TEXTS); do \
+	  at=runs/sensitivities/$$(basename $$model)-tp$$tp-$$(basename $$text); echo "$$at" >&2; \
+	  test -e $$at/plan.json && continue; set -- --records runs/sensitivities/records; \
+	  $(PYTHON) -m spd sensitivity --model $$model --tp $$tp --text $$text --windows 64 --out $$at/sensitivity.json "$$@" >/dev/null; \
+	  $(PYTHON) -m spd plan $$at/sensitivity.json --out $$at/plan.json "$$@" >/dev/null; \
+	done; done; done
+	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs >/dev/null
+
 predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
 	rm -rf runs/predict
 	$(PYTHON) -m spd predict-paper --records runs/predict --reproduction predicted >/dev/null
 	$(PYTHON) -m spd report runs/predict --out paper_figures/predicted --records runs --reproduction predicted >/dev/null
+
+bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same threads, one run (under ten minutes)
+	rm -rf runs/bench-peers
+	$(PYTHON) -m spd bench-peers $(ARGS) --records runs/bench-peers --reproduction peers >/dev/null
+	$(PYTHON) -m spd report runs/bench-peers --out paper_figures/peers --records runs --reproduction peers >/dev/null
+
+# The predictor against measurement: fitted to some sizes, prompts, links and percentages, checked on others.
+CHECK := runs/check-prediction
+TIMED = $(PYTHON) -m spd bench --tp 2 --new-tokens 4 --repeats 15 --no-mlflow --reproduction check-prediction
+check-prediction: $(READY)  ## Calibrate the latency model on this machine; errors on what it was not fitted to (minutes)
+	rm -rf $(CHECK)
+	set -e; for shape in llama-8m llama-125m; do for tokens in 64 160; do for link in 1GBps,1ms 200MBps,2ms; do \
+	  $(TIMED) --shape $$shape --prompt-len $$tokens --link $$link --records $(CHECK)/fitted >/dev/null; done; done; done
+	set -e; for of in "llama-33m 96" "llama-33m 128" "llama-8m 128" "llama-125m 128"; do set -- $$of; \
+	  $(TIMED) --shape $$1 --prompt-len $$2 --link 500MBps,1500us --percentages 0,50,100 --records $(CHECK)/checked >/dev/null; done
+	$(PYTHON) -m spd profile $(CHECK)/fitted --check $(CHECK)/checked --statistic min --out $(CHECK)/machine.json \
+	  --records $(CHECK)/records --reproduction check-prediction >/dev/null
+	$(PYTHON) -m spd report $(CHECK)/records $(CHECK)/checked --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
+
+ON_GPU = $(PYTHON) -m spd bench --device cuda --dtype bfloat16 --compile --new-tokens 64 --records runs/bench-gpu
+bench-gpu: $(READY)  ## On a GPU: 7B with random weights, and rank 0's share of 70B at tp=8, compiled and as CUDA graphs
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('bench-gpu times on a GPU, and torch sees none.')"
+	$(ON_GPU) --shape llama2-7b
+	$(ON_GPU) --shape llama2-70b --tp 8 --alone --link $(or $(LINK),300GBps,25us) --drop none --drop all
+
+figures: $(READY)  ## Draw paper_figures again from the committed records
+	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \
+	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow >/dev/null 2>&1; \
+	done
+
+ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
+	$(PYTHON) -m spd ledger experiments/records --out REPRODUCTION.md >/dev/null
+
+notebooks: $(READY)  ## Run the notebooks and keep what they show in them
+	$(PYTHON) -m spd.notebooks notebooks
 
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) -m spd.tiny.train $(ARGS)

@@ -2,12 +2,11 @@
 
 Plans are compared in one run, interleaved: every repetition times each plan once, in an order of its own, so that
 drift of the machine, and what a plan leaves behind for the next, meet all of them alike. Three bounds are always
-measured beside them.
+measured beside them, and a fourth is computed: what the rates of the machine, measured in the same run, allow.
 """
 
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from spd.checkpoint import SafetensorsFolder
-from spd.comm import Collective, Link
+from spd.comm import Collective, Link, Shards
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, nccl_settings, spawn
@@ -24,6 +23,8 @@ from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
 from spd.pretrained import SPDModel, describe, display_name, resolve
 from spd.progress import bar
+from spd.roofline import clock, described, floors, measure
+from spd.static import Compiled, Eager
 from spd.track import hardware
 
 BOUNDS = ("all_full", "all_attention_dropped", "no_communication")
@@ -44,6 +45,8 @@ class BenchSettings:
     warmup: int = 3
     dtype: str = "float32"
     seed: int = 0
+    compile: bool = False  # torch.compile, and CUDA graphs on GPUs
+    share_of: int | None = None  # time one shard of so many alone, and predict its all-reduces
 
 
 @dataclass
@@ -57,31 +60,61 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
     """Times the plans and the bounds on this process group; every process must call it.
 
     Returns:
-        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms` and `collectives` of the prefill by sync point.
+        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms` and `collectives` of the prefill by sync point, the
+        `floor` that the `rates` allow it, and, where it removes all-reduces, `saved`: the TTFT it saves beside the
+        time that those all-reduces take when everything is full.
 
     Raises:
         SPDError: a shape or model that cannot be split over the processes, or a prompt beyond its positions.
     """
-    if settings.link is not None and runtime.device != "cpu":
+    if settings.link is not None and runtime.device != "cpu" and settings.share_of is None:
         raise SPDError("An emulated link is waited for on the CPU; on GPUs the real link is measured.")
     link = Link.parse(settings.link) if settings.link else None
     model = _model(runtime, settings, link).transformer
     _check_length(model, settings)
+    if settings.share_of is not None:
+        return _share(model, settings, progress)
     blocks = model.config.num_blocks
     plans = [Plan.from_letters(letters) for letters in settings.plans]
     bounds = [Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks)), Plan.full(blocks)]
     bounds = list(zip(bounds, (False, False, True), strict=True))
     cases = list(dict.fromkeys([(plan, False) for plan in plans] + bounds))  # a plan that is a bound is timed once
-    samples = _interleaved(model, cases, settings, progress)
-    rows = {case: _row(*case, taken) for case, taken in zip(cases, samples, strict=True)}
+    samples = dict(zip(cases, _interleaved(model, cases, settings, progress), strict=True))
+    rates = measure(model, settings.batch, settings.prompt_len)
+    rows = {case: _row(*case, taken) | _gained(samples[bounds[0]], taken) for case, taken in samples.items()}
+    for (plan, silent), row in rows.items():
+        syncs = 0 if silent else plan.syncs()
+        row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, syncs)
     return {
+        "rates": described(rates),
         "plans": [rows[plan, False] for plan in plans],
         "bounds": {name: rows[case] for name, case in zip(BOUNDS, bounds, strict=True)},
     }
 
 
+def _share(model: Transformer, settings: BenchSettings, progress: Callable[[int], None]) -> dict:
+    """Rank 0's shard timed by itself, without communication; the all-reduces of the plans by the link's formula."""
+    (taken,) = _interleaved(model, [(Plan.full(model.config.num_blocks), True)], settings, progress)
+    rates = measure(model, settings.batch, settings.prompt_len)
+    row = _row(Plan.full(model.config.num_blocks), True, taken)
+    row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, 0)
+    width = model.config.hidden_size * model.embedding.weight.element_size()
+    rows = {"ttft_ms": settings.batch * settings.prompt_len, "tpot_ms": settings.batch}
+    predicted = []
+    for letters in settings.plans:
+        syncs = Plan.from_letters(letters).syncs()
+        sums = {
+            k: 1e3 * syncs * model.shards.link.all_reduce_seconds(n * width, model.shards.tp) for k, n in rows.items()
+        }
+        times = {k: row[k]["median"] + sums[k] for k in rows if row[k] is not None}
+        predicted.append({"plan": letters, **times, "communication_ms": sums})
+    return {"share": row, "predicted": predicted, "rates": described(rates)}
+
+
 def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDModel:
     shards = runtime.shards(runtime.world, link)
+    if settings.share_of is not None:
+        shards = Shards(settings.share_of, 0, settings.share_of, link=link, silent=True)
     where = {"shards": shards, "dtype": settings.dtype, "device": runtime.device}
     if settings.shape is not None:
         return SPDModel.random(named_shape(settings.shape), settings.shape, **where, seed=settings.seed)
@@ -101,39 +134,42 @@ def _interleaved(model: Transformer, cases: list, settings: BenchSettings, progr
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_len)
     prompt = torch.randint(model.config.vocab_size, size, generator=generator).to(model.embedding.weight.device)
-    cache = model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
+    engines = _engines(model, cases, prompt, settings)
     samples = [[] for _ in cases]
     shuffled = random.Random(settings.seed)  # the same order on every process
     for repeat in range(settings.warmup + settings.repeats):
         for i in shuffled.sample(range(len(cases)), len(cases)):
-            plan, silent = cases[i]
-            model.plan, model.shards.silent = plan, silent
-            taken = _once(model, prompt, cache, settings.new_tokens)
+            model.plan, model.shards.silent = cases[i]
+            taken = _once(engines[i], settings.new_tokens)
             if repeat >= settings.warmup:
                 samples[i].append(taken)
             progress(1)
     return samples
 
 
-def _once(model: Transformer, prompt: torch.Tensor, cache, new_tokens: int) -> _Sample:
+def _engines(model: Transformer, cases: list, prompt: torch.Tensor, settings: BenchSettings) -> list:
+    """One for all cases, or one for each, compiled for its plan."""
+    if not settings.compile:
+        return [Eager(model, prompt, settings.new_tokens)] * len(cases)
+    made = []
+    for model.plan, model.shards.silent in cases:
+        made.append(Compiled(model, prompt, settings.new_tokens))
+    return made
+
+
+def _once(engine: Eager | Compiled, new_tokens: int) -> _Sample:
     """One prefill up to the first token's choice, then `new_tokens` decode steps."""
-    model.shards.align()
-    model.shards.take_collectives()
-    cache.length = 0
-    start = _clock(prompt)
-    token = model(prompt, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-    first = _clock(prompt)
-    collectives = model.shards.take_collectives()
+    shards, prompt = engine.model.shards, engine.prompt
+    shards.align()
+    shards.take_collectives()
+    start = clock(prompt)
+    engine.prefill()
+    first = clock(prompt)
+    collectives = shards.take_collectives()
     for _ in range(new_tokens):
-        token = model(token, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-    last = _clock(prompt)
+        engine.decode()
+    last = clock(prompt)
     return _Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
-
-
-def _clock(like: torch.Tensor) -> float:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    return time.perf_counter()
 
 
 def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
@@ -145,6 +181,27 @@ def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
         "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
         "collectives": {point: _collective(c) for point, c in _typical(samples).collectives.items()},
     }
+
+
+def _gained(full: list[_Sample], samples: list[_Sample]) -> dict:
+    """TTFT saved against `full` of the same repetition, and the time in it of the all-reduces left out; medians.
+
+    Nothing where no all-reduce is left out, or where none is timed (GPUs).
+    """
+    removed = statistics.median(_removed(*pair) for pair in zip(full, samples, strict=True))
+    if removed <= 0:
+        return {}
+    saved = statistics.median(f.ttft - s.ttft for f, s in zip(full, samples, strict=True))
+    return {"saved": {"saved_ms": 1e3 * saved, "removed_ms": 1e3 * removed, "share": saved / removed}}
+
+
+def _removed(full: _Sample, sample: _Sample) -> float:
+    """Seconds that the all-reduces missing in `sample` took in `full`, by the mean of their sync point."""
+    seconds = 0.0
+    for point, spent in full.collectives.items():
+        left = sample.collectives.get(point, Collective()).count
+        seconds += (spent.count - left) / spent.count * (spent.real_seconds + spent.emulated_seconds)
+    return seconds
 
 
 def _typical(samples: list[_Sample]) -> _Sample:
@@ -198,6 +255,8 @@ def plans_to_time(
     if sensitivity is not None:
         values = read_sensitivity(sensitivity, described["fingerprint"])["sensitivity"]
         chosen += plans_by_percentage(values, percentages).values()
+    elif percentages is not None:  # which blocks they are changes no timing
+        chosen += plans_by_percentage([0.0] * blocks, percentages).values()
     return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)])), described
 
 
@@ -220,23 +279,32 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
     Raises:
         SPDError: tp differs from the launcher's processes, or GPUs without a launcher.
     """
+    _check_share(runtime, tp, settings)
     if runtime.world > 1 and runtime.world != tp:
         raise SPDError(
             f"Latency is only measured with one shard a process: tp={tp}, and there are {runtime.world} processes."
         )
-    if runtime.world == 1 and tp > 1 and runtime.device != "cpu":
+    alone = settings.share_of is not None
+    if runtime.world == 1 and tp > 1 and runtime.device != "cpu" and not alone:
         raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
-    here = runtime.world > 1 or tp == 1
+    here = runtime.world > 1 or tp == 1 or alone
     if not here and tp > cores():
         raise SPDError(
             f"{tp} processes on {cores()} cores would time nothing but their waiting; use at most {cores()}."
         )
     measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings)
-    setting = {"tp": tp, "world": tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
-               "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype}  # fmt: skip
+    setting = {"tp": tp, "world": 1 if alone else tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
+               "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype,
+               "compile": settings.compile}  # fmt: skip
     if runtime.device != "cpu":
         setting["nccl"] = nccl_settings()
     return setting | measured | {"hardware": hardware()}
+
+
+def _check_share(runtime: Runtime, tp: int, settings: BenchSettings) -> None:
+    """Raises SPDError unless what `--alone` needs is there, where it is asked for."""
+    if settings.share_of is not None and (settings.link is None or runtime.world > 1 or tp == 1):
+        raise SPDError("One shard alone is timed in one process, with --tp above 1 and the --link to predict over.")
 
 
 def with_bar(runtime: Runtime, settings: BenchSettings) -> dict:

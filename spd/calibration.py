@@ -22,6 +22,7 @@ from spd.work import Pass, Work
 
 SCHEMA = 1
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STATISTICS = ("median", "min")
 COSTS = tuple(Costs.__dataclass_fields__)
 
 
@@ -91,8 +92,8 @@ def worst(rows: Sequence[Mapping]) -> float | None:
 # ---------------------------------------------------------------- measurements: records of `bench`
 
 
-def observations_of(record: Mapping) -> list[Observation]:
-    """TTFT and TPOT of every plan and bound in a bench record.
+def observations_of(record: Mapping, statistic: str = "median") -> list[Observation]:
+    """TTFT and TPOT (their median, or their min) of every plan and bound in a bench record.
 
     Raises:
         SPDError: not a bench record, or its shape is neither named nor that of a model found here.
@@ -102,10 +103,10 @@ def observations_of(record: Mapping) -> list[Observation]:
     result, config = record["result"], _config_of(record)
     rows = [(f"{row['blocks_dropped']} dropped", row) for row in result["plans"]]
     rows += [(name.replace("_", " "), row) for name, row in result["bounds"].items()]
-    return [o for name, row in rows for o in _observations(record, config, name, row)]
+    return [o for name, row in rows for o in _observations(record, config, name, row, statistic)]
 
 
-def _observations(record: Mapping, config: ModelConfig, name: str, row: Mapping) -> list[Observation]:
+def _observations(record: Mapping, config: ModelConfig, name: str, row: Mapping, statistic: str) -> list[Observation]:
     result = record["result"]
     machine = Machine("", Costs(0, 0, 0, 0, 0), ELEMENT_SIZES[result["dtype"]])
     setting = Setting(config, machine, FittedAllReduce({}, 0), result["tp"], result["batch"], result["prompt_len"],
@@ -117,7 +118,7 @@ def _observations(record: Mapping, config: ModelConfig, name: str, row: Mapping)
     if row["tpot_ms"] is not None:
         found.append((setting.decode(), "TPOT", row["tpot_ms"]))
     link = Link.parse(result["link"]) if result["link"] else None
-    return [_observe({**label, "time": kind}, p, syncs, link, 1e-3 * ms["median"]) for p, kind, ms in found]
+    return [_observe({**label, "time": kind}, p, syncs, link, 1e-3 * ms[statistic]) for p, kind, ms in found]
 
 
 def _observe(label: dict, a_pass: Pass, syncs: int, link: Link | None, seconds: float) -> Observation:
@@ -139,8 +140,11 @@ def _config_of(record: Mapping) -> ModelConfig:
 # ---------------------------------------------------------------- the document of `spd profile`
 
 
-def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
+def profile(records: Sequence[Mapping], check: Sequence[Mapping] = (), statistic: str = "median") -> dict:
     """A calibration fitted to bench records, with its errors there and on the records to `check`.
+
+    `statistic` says which time of a plan's repetitions counts: `median`, or `min` where other work on the machine
+    only ever lengthens them.
 
     `worst_error` and `speedup_points` (how far predicted and measured speedup against all full lie apart, in
     percentage points) are given for TTFT and TPOT, of the records fitted and of those checked.
@@ -150,11 +154,13 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
     """
     if not records:
         raise SPDError("A calibration needs records of bench, and none was given.")
+    if statistic not in STATISTICS:
+        raise SPDError(f"Unknown statistic '{statistic}'; known: {', '.join(STATISTICS)}.")
     kinds = {_machine_of(record) for record in [*records, *check]}
     if len(kinds) > 1:
         raise SPDError(f"The records are not of one machine, dtype and tp: {'; '.join(sorted(map(str, kinds)))}.")
-    fitted = [o for record in records for o in observations_of(record)]
-    held_out = [o for record in check for o in observations_of(record)]
+    fitted = [o for record in records for o in observations_of(record, statistic)]
+    held_out = [o for record in check for o in observations_of(record, statistic)]
     calibration = fit(fitted)
     machine, dtype = _machine_of(records[0])[:2]
     real = calibration.links.get("real", FittedAllReduce({}, 0.0))
@@ -163,6 +169,7 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = ()) -> dict:
         "spd_calibration": SCHEMA,
         "name": machine,
         "dtype": dtype,
+        "statistic": statistic,
         "costs": asdict(calibration.costs),
         "all_reduce": {"latencies": {str(d): s for d, s in real.latencies.items()}, "ring_byte": real.ring_byte},
         "records": {"fitted": [r["id"] for r in records], "checked": [r["id"] for r in check]},

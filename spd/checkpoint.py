@@ -233,3 +233,15 @@ def fill_randomly(model: Transformer, seed: int) -> None:
             parameter.zero_()
         else:
             parameter.normal_(0.0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+
+
+def random_tensors(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """A whole checkpoint by Hugging Face's names, of a usual scale, in bfloat16: for timing, never for quality."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in hf_shapes(config).items():
+        if "norm" in name:
+            made[name] = torch.ones(shape, dtype=torch.bfloat16)
+        else:
+            made[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5, generator=generator)
+    return made

@@ -14,8 +14,9 @@ every place where something replicated meets something sharded, norm weights inc
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,35 @@ class Stream:
         """Adds the shards' partial outputs (S, B, T, D) to the pending part, and a bias (D,) to `x`, once."""
         x = self.x if bias is None else self.x + bias
         return Stream(x, partial if self.pending is None else self.pending + partial)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Copies of the model, each on `each` consecutive processes, that divide independent work among themselves."""
+
+    count: int = 1
+    each: int = 1
+    rank: int = 0  # this process's, among all
+
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes of this one's copy; None where that is all of them. Every process must ask."""
+        if self.count == 1:
+            return None
+        starts = range(0, self.count * self.each, self.each)
+        groups = [dist.new_group(list(range(start, start + self.each))) for start in starts]
+        return groups[self.rank // self.each]
+
+    def share(self, items: list, work: Callable[[Any], Any]) -> list:
+        """What `work` gives for each item, in their order, on every process; it is called for this copy's alone."""
+        mine = [work(item) for item in items[self.rank // self.each :: self.count]]
+        if self.count == 1:
+            return mine
+        found = [None] * (self.count * self.each)
+        dist.all_gather_object(found, mine)
+        results = [None] * len(items)
+        for copy, part in enumerate(found[:: self.each]):
+            results[copy :: self.count] = part
+        return results
 
 
 @dataclass
@@ -179,8 +209,8 @@ class Shards:
         return torch.cat(parts)
 
     def align(self) -> None:
-        """Waits until every process is here, uncounted."""
-        if self.world > 1:
+        """Waits until every process is here, uncounted; where one alone stands for all of them, there is no wait."""
+        if self.world > 1 and dist.is_initialized():
             dist.barrier(self.group)
 
     def take_collectives(self) -> dict[str, Collective]:

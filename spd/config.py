@@ -165,6 +165,7 @@ SHAPES = {
     "llama3.1-70b": _llama(80, 8192, 64, 8, 28672, 128256, 131072, rope=_LLAMA31_ROPE),
     "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, 128256, 131072, rope=_LLAMA32_ROPE, tie_embeddings=True),
     "llama-125m": _llama(12, 768, 12, 12, 2048),
+    "llama-33m": _llama(8, 512, 8, 8, 1376, 8192),
     "llama-8m": _llama(6, 256, 8, 8, 688, 8192),
 }
 

@@ -1,14 +1,20 @@
-"""Perplexity."""
+"""Perplexity; and, where lm-evaluation-harness is installed, the name `spd` among its models (`spd.harness`)."""
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spd.comm import Stream
+from spd.comm import Replicas, Stream
 from spd.model import Transformer
+
+with suppress(ImportError):  # its registry is light, and loads the class when the name is asked for
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register("spd", target="spd.harness:SpdLM")
 
 TOKENS_AT_ONCE = 1024  # in a forward pass: a small model's stay in cache, and one window of a large model's fills a GPU
 Progress = Callable[[int], None]  # told how many units of work were done
@@ -27,21 +33,26 @@ def negative_log_likelihood(model: Transformer, stream: Stream, tokens: Tensor) 
 
 
 @torch.no_grad()
-def perplexity(model: Transformer, tokens: Tensor, progress: Progress = lambda n: None) -> dict:
+def perplexity(
+    model: Transformer, tokens: Tensor, progress: Progress = lambda n: None, replicas: Replicas | None = None
+) -> dict:
     """Perplexity of windows (W, T) under the model's plan, over all W (T - 1) predictions.
 
     Returns:
         `perplexity`, `nats` (its logarithm), `tokens` (predictions) and `windows`.
     """
-    total, predictions = 0.0, tokens.shape[0] * (tokens.shape[1] - 1)
-    for batch in batches(tokens):
+    replicas, predictions = replicas or Replicas(), tokens.shape[0] * (tokens.shape[1] - 1)
+
+    def nats(batch: Tensor) -> float:
         batch = batch.to(model.embedding.weight.device)
         stream = model.embed(batch)
         context = model.context(stream)
         for i, policies in enumerate(model.plan.blocks):
             stream = model.run_block(i, stream, policies, context)
-        total += negative_log_likelihood(model, stream, batch)
-        progress(len(batch))
+        progress(len(batch) * replicas.count)
+        return negative_log_likelihood(model, stream, batch)
+
+    total = sum(replicas.share(list(batches(tokens)), nats))
     return summary(total, predictions) | {"tokens": predictions, "windows": tokens.shape[0]}
 
 

@@ -42,11 +42,16 @@ class PlanSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """Options of commands that measure perplexity on other windows than the calibration's."""
+    """Options of commands that measure on other windows than the calibration's."""
 
     text: str | None = None
     windows: int | None = Field(None, ge=1)
     skip: int | None = Field(None, ge=0)
+    tasks: str | None = Field(None, description="as `piqa,mmlu`")
+    tasks_dir: Path | None = Field(None, description="folder of the tasks' rows; left out: from the hub")
+    limit: int | None = Field(None, ge=1, description="questions of a task")
+    batch_size: int | None = Field(None, ge=1, description="contexts in a forward pass")
+    compare: bool | None = Field(None, description="with the model that drops nothing")
     percentages: str | None = Field(None, description="of blocks dropped, as `0,25,50`; left out: every number")
     strategies: str | None = Field(None, description="as `zs,b2b,b2b+hg,closed-form,best`")
     calibration: int | None = Field(None, ge=2, description="windows to repair on")
@@ -94,6 +99,7 @@ class Experiment(_Section):
     sensitivity: SensitivitySection = SensitivitySection()
     plan: PlanSection = PlanSection()
     distill: DistillSection = DistillSection()
+    eval: EvaluationSection = EvaluationSection()
     sweep: EvaluationSection = EvaluationSection()
     bench: BenchSection = BenchSection()
 

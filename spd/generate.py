@@ -1,5 +1,6 @@
 """Prefill and single-token decode: greedy or sampled continuation of a batch of prompts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,17 @@ def pad_left(prompts: list[list[int]], device) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
     """Prompts and their continuations as token ids; a row ends with the model's end-of-sequence token.
+
+    Args:
+        stop: asked after each step whether a row's new tokens are enough; the rows end once none needs more.
 
     Raises:
         SPDError: an empty prompt, or more tokens than the model has positions.
@@ -81,6 +91,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         tokens = choose(logits, sampling, generator)[:, None]
         new.append(tokens)
         finished |= torch.isin(tokens[:, 0], ends)
+        if stop is not None:
+            finished |= torch.tensor([stop(row) for row in torch.cat(new, 1).tolist()], device=device)
         if valid is not None:
             valid = torch.cat((valid, torch.ones_like(tokens, dtype=torch.bool)), dim=1)
         if bool(finished.all()):

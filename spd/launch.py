@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from spd.comm import Link, Shards
+from spd.comm import Link, Replicas, Shards
 from spd.errors import SPDError
 
 TIMEOUT = timedelta(minutes=10)
@@ -35,15 +35,25 @@ class Runtime:
         """Whether this process prints and writes."""
         return self.rank == 0
 
+    def shards(self, tp: int, link: Link | None = None, replicas: Replicas | None = None) -> Shards:
+        """Those of this process, where `replicas` copies of the model run (left out: one, on all processes)."""
+        replicas = replicas or self.replicas(1)
+        return Shards(tp, self.rank % replicas.each, replicas.each, replicas.group(), link)
+
+    def replicas(self, count: int) -> Replicas:
+        """Raises SPDError where the processes cannot be divided into `count` equal parts."""
+        if count < 1 or self.world % count:
+            raise SPDError(
+                f"{count} copies of the model need as many equal parts of the processes, which are {self.world}."
+            )
+        return Replicas(count, self.world // count, self.rank)
+
     def gather(self, thing: object) -> list:
         """What every process has, by rank."""
         things = [thing] * self.world
         if self.world > 1:
             dist.all_gather_object(things, thing)
         return things
-
-    def shards(self, tp: int, link: Link | None = None) -> Shards:
-        return Shards(tp, self.rank, self.world, link=link)
 
 
 def environment_rank() -> int:

@@ -4,20 +4,25 @@ Shapes: B batch, T tokens, D hidden, S shards hosted (1 where all shards see the
 g key/value heads of one shard, d head size. Weights of all hosted shards are stacked along S.
 """
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
+from spd.kernels import linear
 from spd.plan import Plan, Policy
 
 
 def shard_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Each shard's own linear map: (S or 1, B, T, in) with weights (S, out, in) gives (S, B, T, out)."""
     shards, width, _ = weight.shape
-    if shards == 1 or x.shape[0] == 1:  # one input for all: a single dense product
-        y = F.linear(x[0], weight.flatten(0, 1)).unflatten(-1, (shards, width)).movedim(-2, 0)
+    if shards == 1:
+        y = linear(x[0], weight[0])[None]
+    elif x.shape[0] == 1:  # one input for all: a single dense product
+        y = linear(x[0], weight.flatten(0, 1)).unflatten(-1, (shards, width)).movedim(-2, 0)
     else:
         y = torch.bmm(x.flatten(1, 2), weight.transpose(1, 2)).unflatten(1, x.shape[1:3])
     return y if bias is None else y + bias[:, None, None]
@@ -75,6 +80,35 @@ class KVCache:
         values[..., self.length : end, :] = v
         return keys[..., :end, :], values[..., :end, :]
 
+    def repeat(self, rows: Tensor, more: int) -> "KVCache":
+        """A copy that holds these rows (R,) of the batch, with room for `more` tokens."""
+        repeated = copy(self)
+        repeated.blocks = F.pad(self.blocks[..., : self.length, :].index_select(3, rows), (0, 0, 0, more))
+        return repeated
+
+    def advance(self, tokens: int) -> None:
+        """After a pass over `tokens` new tokens."""
+        self.length += tokens
+
+
+class StaticKVCache(KVCache):
+    """The keys and values of another cache, read whole: no shape depends on how many tokens are held.
+
+    For decoding one token at a time by code that is compiled or captured once: `position` (1,), where the next token
+    goes, is data on the device.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.blocks, self.length = cache.blocks, 0
+        self.position = torch.zeros(1, dtype=torch.long, device=cache.blocks.device)
+
+    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.blocks[block]
+        return keys.index_copy_(-2, self.position, k), values.index_copy_(-2, self.position, v)
+
+    def advance(self, tokens: int) -> None:
+        self.position += tokens
+
 
 def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:
     """Where tp exceeds the key/value heads they are replicated: one on each shard."""
@@ -82,23 +116,31 @@ def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:
 
 
 class Rotary(nn.Module):
-    """Cosines and sines (positions, d), computed up to the longest position asked for."""
+    """Cosines and signed sines (positions, d), computed up to the longest position asked for and kept."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.frequencies, self.factor = config.rotary_frequencies()
+        self.kept = torch.empty(2, 0, config.head_dim)
+
+    def table(self, length: int, like: Tensor) -> Tensor:
+        """(2, at least `length`, d) in dtype and place of `like`; the first half of the sines is negative."""
+        if self.kept.shape[1] < length or self.kept.dtype != like.dtype or self.kept.device != like.device:
+            length = -(-length // 256) * 256  # decoding asks for one more position every time
+            angles = torch.outer(torch.arange(length, dtype=torch.float), self.frequencies)
+            cos, sin = (f(angles) * self.factor for f in (torch.cos, torch.sin))
+            self.kept = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).to(like)
+        return self.kept
 
     def forward(self, start: int, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, d) each, for positions start..start+T-1, in the dtype of `like`."""
-        positions = torch.arange(start, start + tokens, dtype=torch.float)
-        angles = torch.outer(positions, self.frequencies).repeat(1, 2)
-        return tuple((f(angles) * self.factor).to(like) for f in (torch.cos, torch.sin))
+        """(T, d) each, for positions start..start+T-1."""
+        cos, sin = self.table(start + tokens, like)[:, start : start + tokens]
+        return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of Hugging Face checkpoints: (..., T, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary embedding in the half-split layout of Hugging Face checkpoints: (..., T, d); `sin` carries the signs."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -113,8 +155,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, context: "Context") -> tuple[Tensor, Tensor, Tensor]:
         """Queries (S, B, h, T, d), keys and values (S, B, g, T, d), after the rotary embedding."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)
-        q, k, v = heads.split((self.h, self.g, self.g), dim=2)
-        return rotate(q, *context.rotary), rotate(k, *context.rotary), v
+        rotated, v = rotate(heads[:, :, : -self.g], *context.rotary), heads[:, :, -self.g :]
+        return *rotated.split((self.h, self.g), dim=2), v
 
     def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
@@ -162,10 +204,16 @@ class Block(nn.Module):
     def forward(
         self, stream: Stream, policies: tuple[Policy, Policy], shards: Shards, context: "Context", block: int
     ) -> Stream:
-        y = self.attention(self.attention_norm(stream.read()), context, block)
+        y = self.attend(stream, context, block)
         stream = shards.sync(stream.produce(y, self.attention.out.bias), policies[0], "attention")
-        z = self.mlp(self.mlp_norm(stream.read()))
+        z = self.transform(stream)
         return shards.sync(stream.produce(z, self.mlp.down.bias), policies[1], "mlp")
+
+    def attend(self, stream: Stream, context: "Context", block: int) -> Tensor:
+        return self.attention(self.attention_norm(stream.read()), context, block)
+
+    def transform(self, stream: Stream) -> Tensor:
+        return self.mlp(self.mlp_norm(stream.read()))
 
 
 class Context:
@@ -181,6 +229,17 @@ class Context:
         if not self.causal and (valid is not None or tokens > 1):
             valid = torch.ones(1, past + tokens, dtype=torch.bool, device=x.device) if valid is None else valid
             self.mask = attention_mask(past, tokens, valid.expand(x.shape[0], -1))
+
+
+class StaticContext(Context):
+    """Of one token at a `StaticKVCache`'s position."""
+
+    def __init__(self, rotary: Rotary, x: Tensor, cache: StaticKVCache):
+        capacity = cache.blocks.shape[-2]
+        self.cache, self.causal = cache, False
+        self.rotary = tuple(rotary.table(capacity, x).index_select(1, cache.position))
+        self.mask = (torch.arange(capacity, device=x.device) <= cache.position).view(1, 1, 1, capacity)
+        self.mask = self.mask.expand(x.shape[0], -1, -1, -1)
 
 
 def attention_mask(past: int, tokens: int, valid: Tensor) -> Tensor:
@@ -210,6 +269,8 @@ class Transformer(nn.Module):
         return Stream(self.embedding(tokens))
 
     def context(self, stream: Stream, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
+        if isinstance(cache, StaticKVCache):
+            return StaticContext(self.rotary, stream.x, cache)
         return Context(self.rotary, stream.x, cache, valid)
 
     def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
@@ -218,7 +279,7 @@ class Transformer(nn.Module):
     def logits(self, stream: Stream) -> Tensor:
         """Flushes what is pending; (B, T, vocabulary)."""
         head = self.embedding if self.head is None else self.head
-        return F.linear(self.norm(self.shards.flush(stream).x), head.weight)
+        return linear(self.norm(self.shards.flush(stream).x), head.weight)
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None, last_only: bool = False
@@ -232,7 +293,7 @@ class Transformer(nn.Module):
         for i, policies in enumerate(self.plan.blocks):
             stream = self.run_block(i, stream, policies, context)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         if last_only:
             stream = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
         return self.logits(stream)

@@ -5,17 +5,16 @@ Two regimes. `lean`: the operator table without launch time (CUDA graphs) and th
 (19.7 %) is called a speedup in the text and a latency reduction in the abstract, so the fit is made for both readings.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
 
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.decode_check import decode_check
 from spd.errors import SPDError
 from spd.latency import Prediction, Setting, parts_ms, syncs_at
-from spd.machines import PROFILES, AllReduce, Slower, gpu, measured_all_reduce, ring_bytes
+from spd.machines import AllReduce, Slower, gpu, measured_all_reduce, ring_bytes
+from spd.reference import reference
 from spd.work import Pass
 
 GPU = "a100"
@@ -25,12 +24,6 @@ HEAT_POINTS = 41  # a side of the heat map
 HEAT_PERCENT = 70
 HEAT_SHAPE = "llama2-70b"
 GB = 1e9
-
-
-@cache
-def reference() -> dict:
-    """What the paper reports, with its source."""
-    return json.loads((PROFILES / "paper.json").read_text())
 
 
 # ---------------------------------------------------------------- links

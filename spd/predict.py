@@ -10,6 +10,7 @@ from spd.latency import Setting, predict
 from spd.machines import AllReduce, FittedAllReduce, Machine, gpu, measured_all_reduce
 
 DEFAULT_GPU = "a100"
+COMPARED = ("percent", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup")
 ASSUMPTIONS = {
     "table": "Operator times of an A100 table; for other GPUs its efficiencies at their data sheet's peaks.",
     "calibration": "Unit costs of the calibration; no operator table.",
@@ -20,7 +21,7 @@ ASSUMPTIONS = {
 
 def ask(
     shape: str,
-    percent: float,
+    percent: float | list[float],
     tp: int = 8,
     *,
     gpu_name: str | None = None,
@@ -33,6 +34,8 @@ def ask(
     launch_us: float = 0.0,
 ) -> tuple[dict, ModelConfig]:
     """The document of `spd predict`, with what was assumed, and the shape.
+
+    Of several percentages the document is the last one's; `percentages` has TTFT, TPOT, reduction and speedup of all.
 
     The machine is a named GPU (a100 if none is named) or a calibration. Its all-reduce is the link given (beside a
     calibration's own: emulated after it), else NCCL's measured table, else the calibration's.
@@ -52,7 +55,12 @@ def ask(
     else:
         machine = gpu(gpu_name or DEFAULT_GPU, 1e-6 * launch_us)
         all_reduce, words = _gpu_link(machine, tp, nodes, link)
-    result = predict(Setting(config, machine, all_reduce, tp, batch, prompt_len, new_tokens), percent)
+    setting = Setting(config, machine, all_reduce, tp, batch, prompt_len, new_tokens)
+    asked_for = percent if isinstance(percent, list) else [percent]
+    results = [predict(setting, one) for one in asked_for]
+    result = results[-1]
+    if len(results) > 1:
+        result["percentages"] = [{key: one[key] for key in COMPARED} for one in results]
     asked = {"shape": shape, "machine": machine.name, "nodes": nodes, "link": words, "batch": batch,
              "prompt_len": prompt_len, "new_tokens": new_tokens, "launch_us": launch_us}  # fmt: skip
     source = "table" if calibration is None else "calibration"

@@ -3,11 +3,13 @@
 import json
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from spd import track
+from spd import mirror, track
+from spd.comm import Replicas
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
 from spd.launch import Runtime, runtime, say, tracking_uri
@@ -39,9 +41,14 @@ class Session:
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
+    @cached_property
+    def replicas(self) -> Replicas:
+        """Copies of the model on the processes: `--data-parallel`, else one."""
+        return self.runtime.replicas(getattr(self.options, "data_parallel", 1))
+
     def load(self) -> SPDModel:
         o = self.options
-        shards = self.runtime.shards(o.tp)
+        shards = self.runtime.shards(o.tp, replicas=self.replicas)
         return SPDModel.from_pretrained(
             o.model, shards=shards, dtype=getattr(o, "dtype", "float32"), device=self.runtime.device
         )
@@ -69,6 +76,18 @@ class Session:
         if found.note and self.runtime.leads:
             say(f"warning: {found.note}")
         return found
+
+    def accuracy(self):
+        """What `--tasks` asks for (`spd.accuracy.Accuracy`); None without."""
+        o = self.options
+        if o.tasks is None:
+            return None
+        try:
+            from spd.accuracy import Accuracy
+            from spd.tasks import load_tasks
+        except ImportError as error:
+            raise SPDError(f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}).") from error
+        return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, o.batch_size, self.replicas, self.runtime.leads)
 
     def plan(self, model: SPDModel) -> Plan:
         """From `--plan`, with the repaired weights of a folder, or `--drop` and `--drop-mlp`, or everything `full`."""
@@ -110,7 +129,7 @@ class Session:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command not in ("report", "export"):
+        if o.out is not None and self.command not in ("report", "ledger", "export"):
             track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
@@ -119,4 +138,4 @@ class Session:
         path = track.write_record(record, o.records)
         print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
         if o.mlflow:
-            track.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or track.DEFAULT_TRACKING_URI)
+            mirror.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or mirror.DEFAULT_TRACKING_URI)

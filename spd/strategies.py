@@ -60,24 +60,27 @@ def curve(
     percentages: list[float] | None,
     evaluation: Tensor,
     repairs: Repairs | None,
+    scores: Callable[[SPDModel], dict] | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[dict]:
-    """Points of every strategy: `strategy`, `blocks`, `percent`, `perplexity`, `nats`, `plan`.
+    """Points of every strategy: `strategy`, `blocks`, `percent`, `perplexity`, `nats`, `plan`, and `scores`' keys.
 
     Args:
         load: gives the model as read; asked again before and after repairs, which change it in place.
         evaluation: windows (W, T), apart from the calibration's.
         repairs: needed for every strategy but `zs`.
+        scores: asked about each point's model, for more than perplexity.
         progress: told of each point done.
     """
     plans = plans_by_percentage(sensitivity, percentages)
     points = []
     for strategy in strategies:
         for blocks, model in _models(load, strategy, plans, sensitivity, repairs):
-            scores = perplexity(model.transformer, evaluation)
+            found = perplexity(model.transformer, evaluation)
             percent = 100 * blocks / len(sensitivity)
             points.append({"strategy": strategy, "blocks": blocks, "percent": percent, "plan": str(model.plan),
-                           "perplexity": scores["perplexity"], "nats": scores["nats"]})  # fmt: skip
+                           "perplexity": found["perplexity"], "nats": found["nats"],
+                           **(scores(model) if scores else {})})  # fmt: skip
             del model  # before the next one is read, lest there be two in memory
             progress(1)
     return points

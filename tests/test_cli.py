@@ -301,7 +301,7 @@ def test_distill_refuses_in_words(spd, common, tmp_path, options, message):
 
 
 def test_curves_of_a_repair_become_metrics():
-    from spd.track import metrics
+    from spd.shown import metrics
 
     result = {"blocks": [{"index": 2, "class": "SB", "loss_before": 0.5, "loss_after": 0.25}],
               "curves": {"block_2": {"loss": [0.5, 0.375]}}}  # fmt: skip
@@ -327,6 +327,41 @@ def test_sweep_of_strategies(spd, common):
     assert code == 1 and "--calibration 9 needs --skip 9 or more" in err
     code, _, err = spd("sweep", "s.json", *common, "--strategies", "magic")
     assert code == 1 and "Unknown strategy 'magic'; known: zs, b2b" in err
+
+
+def test_eval_and_sweep_of_tasks(spd, common, tmp_path):
+    rows = [{"goal": f"t{i} t{i + 1}", "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 13)]
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "lambada_openai.jsonl").write_text('{"text": "t5 t6 t7 t8"}\n{"text": "t8 t7 t6"}\n')
+    options = ["--tasks", "piqa,lambada_openai", "--tasks-dir", tmp_path, "--limit", 6]
+    model = common[:4]
+    code, result, err = spd("eval", *model, *options, "--drop", "all", "--compare")
+    assert code == 0, err
+    assert {"acc", "acc_norm", "stderr", "n", "chance", "compared"} <= set(result["tasks"]["piqa"])
+    assert "perplexity" not in result and result["plan"] == "DF DF DF" and result["tasks"]["piqa"]["n"] == 6
+    assert result["average"]["compared"]["acc_full"] == pytest.approx(
+        sum(scores["compared"]["acc_full"] for scores in result["tasks"].values()) / 2
+    )
+    code, both, _ = spd("eval", *common, *options, "--data-parallel", 1)
+    assert both["perplexity"] > 1 and "compared" not in both["tasks"]["piqa"]
+    measured(spd, common)
+    code, sweep, err = spd("sweep", "s.json", *common, *options, "--percentages", "0,100")
+    assert code == 0, err
+    none, whole = sweep["curve"]
+    assert none["average"]["compared"] | {"p": 1.0, "lost": 0, "gained": 0} == none["average"]["compared"]
+    assert whole["tasks"] == result["tasks"] and whole["perplexity"]
+    for wrong, words in (
+        (["eval", *model], "There is nothing to evaluate: give --text, --tasks or both."),
+        (["eval", *model, "--tasks", "riddles"], "Unknown task 'riddles'; known: arc_easy"),
+        (["eval", *model, "--tasks", "sciq", "--tasks-dir", tmp_path], "which the task sciq reads"),
+        (["eval", *model, "--tasks", "sciq"], "The rows of sciq are not in the local cache"),
+        (
+            ["eval", *common, "--data-parallel", 2],
+            "2 copies of the model need as many equal parts of the processes, which are 1.",
+        ),
+    ):
+        code, _, err = spd(*wrong)
+        assert code == 1 and words in err and "Traceback" not in err
 
 
 def test_a_calibration_text_of_its_own_needs_no_skipping(spd, common, tmp_path):

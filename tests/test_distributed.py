@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
 from spd.bench import BenchSettings, bench
+from spd.comm import Replicas
 from spd.data import read_windows
 from spd.distill import distill
 from spd.errors import SPDError
@@ -59,6 +61,57 @@ def test_several_processes_equal_one(variants, text_of_words, processes, tp, var
     assert together["sampled"] == alone["sampled"]
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
     assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
+
+
+def copied(runtime: Runtime, folder: str, text: str, copies: int) -> dict:
+    """Perplexity on `copies` of the model, and where in its copy this process is."""
+    replicas = runtime.replicas(copies)
+    model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
+    windows = read_windows(text, model.tokenizer, 100, 50).tokens
+    place = {"rank": model.transformer.shards.rank, "world": model.transformer.shards.world}
+    return perplexity(model.transformer, windows, replicas=replicas) | place
+
+
+def answered(runtime: Runtime, folder: str, rows: str) -> dict:
+    """Accuracy with one copy of the model on each process, and with one on all together."""
+    from spd.accuracy import Accuracy  # only here: each process of each test imports this file
+    from spd.tasks import load_tasks
+
+    found, tasks = {}, load_tasks("piqa", Path(rows))
+    for name, copies in (("apart", runtime.world), ("together", 1)):
+        replicas = runtime.replicas(copies)
+        model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
+        model.plan = Plan.from_letters("DF FF DF")
+        found[name] = Accuracy(tasks, None, 2, replicas, runtime.leads)(model)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_copies_of_the_model_divide_the_windows(variants, text_of_words, processes):
+    """Two copies. To the last bit the same where each has one process: whoever runs a batch, it is the same batch."""
+    arguments = str(variants("plain")[0]), str(text_of_words)
+    found, alone = spawn(processes, copied, *arguments, 2), copied(Runtime(), *arguments, 1)
+    assert (found["rank"], found["world"], alone["world"]) == (0, processes // 2, 1)
+    assert found["perplexity"] == pytest.approx(alone["perplexity"], rel=0 if processes == 2 else 1e-6)
+
+
+def test_copies_of_the_model_divide_the_questions(variants, tmp_path):
+    rows = [
+        {"goal": f"t{i} " * (i % 5 + 1), "sol1": f"t{i + 2} t9", "sol2": "t7", "label": i % 2} for i in range(5, 22)
+    ]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = str(variants("plain")[0]), str(tmp_path)
+    found, alone = spawn(2, answered, *arguments), answered(Runtime(), *arguments)
+    assert found["apart"] == found["together"] == alone["apart"] == alone["together"]
+
+
+def test_processes_that_cannot_be_divided():
+    with pytest.raises(
+        SPDError, match=r"^3 copies of the model need as many equal parts of the processes, which are 2"
+    ):
+        Runtime(world=2).replicas(3)
+    with pytest.raises(SPDError, match=r"^tp=2 is not a multiple of the 4 processes"):
+        Runtime(world=8).shards(2, replicas=Replicas(1, 4))
 
 
 def test_bench_counts_what_it_times(variants):

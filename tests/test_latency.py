@@ -315,6 +315,26 @@ def test_noise_shows_in_the_errors_and_not_more_than_it_is():
     assert result["worst_error"]["checked"]["TTFT"] is None
 
 
+def test_least_times_can_be_fitted_instead_of_medians():
+    records = grid()
+    for record in records:
+        for row in [*record["result"]["plans"], *record["result"]["bounds"].values()]:
+            for kind in ("ttft_ms", "tpot_ms"):
+                row[kind] = {"median": 99.0, "min": row[kind]["median"]}
+    result = profile(records, statistic="min")
+    assert result["worst_error"]["fitted"]["TTFT"] < 1e-6 and result["statistic"] == "min"
+    with pytest.raises(SPDError, match="known: median, min"):
+        profile(records, statistic="mean")
+
+
+def test_several_percentages_are_compared_and_the_last_is_the_answer():
+    several, _ = ask("llama2-7b", [0.0, 50.0, 100.0], 8)
+    last, _ = ask("llama2-7b", 100.0, 8)
+    rows = several.pop("percentages")
+    assert several == last and [row["percent"] for row in rows] == [0, 50, 100]
+    assert rows[2]["speedup"] == last["speedup"] > rows[1]["speedup"] > rows[0]["speedup"] == 1
+
+
 def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(profile(grid(links=(None,)))))

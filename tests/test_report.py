@@ -13,6 +13,7 @@ from rich.console import Console
 
 from spd.errors import SPDError
 from spd.report import choose, load_records, print_tables, report, tables
+from spd.report.shelf import Shelf
 from spd.track import make_record, write_record
 
 BLOCKS = 4
@@ -28,7 +29,8 @@ def _plan(blocks: int) -> str:
 
 def _sensitivity() -> dict:
     nats = [value / 16 for value in SENSITIVITY]
-    return {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+    found = {"sensitivity": SENSITIVITY, "sensitivity_nats": nats, "tokens": 70, "windows": 10}
+    return found | {"perplexity_from": [16.265625, 3.765625, 3.515625, 4.015625, 4.0]}
 
 
 def _planned() -> dict:
@@ -107,7 +109,9 @@ def _rows(path: Path) -> list[dict]:
 
 def test_every_figure_and_table_is_written_once(made):
     _, out, result = made
-    names = {f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "overview") for form in ("svg", "png")}
+    names = {
+        f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "transfer", "overview") for form in ("svg", "png")
+    }
     names |= {"sensitivity.csv", "perplexity.csv", "ttft.csv", "tables.md"}
     assert {Path(file).name for file in result["files"]} == names == {file.name for file in out.iterdir()}
     json.dumps(result)
@@ -200,7 +204,31 @@ def test_models_and_degrees_get_files_of_their_own(put):
         "sensitivity-synthetic-tp8",
         "sensitivity-synthetic-tp4",
         "sensitivity-other",
+        "classes",
     ]
+
+
+def test_several_settings_give_classes_and_a_map_and_a_shelf_names_them(put, tmp_path):
+    put("sensitivity", _sensitivity())
+    folder = put("sensitivity", _sensitivity(), tp=4).parent
+    report([folder], tmp_path / "out")
+    assert {"classes.svg", "classes.csv", "sensitivity-map.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    classes = _rows(tmp_path / "out" / "classes.csv")  # at the paper's thresholds: 12.5, 0.25, -0.5, 0.016
+    assert [(row["tp"], row["ISB"], row["SB"], row["ESB"]) for row in classes] == [
+        ("4", "50.0", "25.0", "25.0"),
+        ("8", "50.0", "25.0", "25.0"),
+    ]
+    shelf = Shelf(folder)
+    assert shelf.figure("classes")._repr_png_().startswith(b"\x89PNG")
+    assert "| synthetic | synthetic | 4 |" in shelf.table("classes")._repr_markdown_()
+    with pytest.raises(SPDError, match="give no 'accuracy', only sensitivity-tp8"):
+        shelf.figure("accuracy")
+
+
+def test_transfer_time_is_what_the_collectives_took(put):
+    sheet = Shelf(put("bench", _bench(), tp=2)).figure("transfer")
+    line = next(line for line in sheet.figure.axes[0].lines if len(line.get_xdata()) == 3)
+    assert list(line.get_ydata()) == [20.0, 16.0, 12.0]  # 4 real, 8 and 8, 4, 0 emulated
 
 
 # ---------------------------------------------------------------- errors in words
@@ -258,3 +286,31 @@ def test_a_missing_record_and_an_unwritable_folder_are_errors(put, tmp_path):
     record = put("sweep", _sweep())
     with pytest.raises(SPDError, match="Cannot write"):
         report([record], record / "out")
+
+
+def _scores(acc: float, lost: int) -> dict:
+    compared = {"acc_full": 0.5, "difference": acc - 0.5, "stderr": 0.05, "lost": lost, "gained": 1, "p": 0.25}
+    task = {"acc": acc, "stderr": 0.0625, "acc_norm": None, "n": 64, "chance": 0.25, "shots": 0, "source": "hub"}
+    tasks = {name: task | {"compared": compared} for name in ("piqa", "mmlu")}
+    mean = {"metric": "acc", "tasks": ["piqa"], "acc": acc, "stderr": 0.0625, "compared": compared}
+    return {"tasks": tasks, "average": mean, "truncated": 0}
+
+
+def test_accuracies_of_sweeps_and_of_a_plan(put, tmp_path):
+    swept = _sweep()
+    for point, acc in zip(swept["curve"], (0.5, 0.4375, 0.3125), strict=True):
+        point |= _scores(acc, 3)
+    records = [put("sweep", _sweep("b2b")), put("sweep", swept), put("eval", _scores(0.375, 9), plan=_plan(3))]
+    report(records, tmp_path / "out")
+    for name in ("accuracy.svg", "accuracy.png", "accuracy-mmlu.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    rows = _rows(tmp_path / "out/accuracy.csv")
+    assert [row["average"] for row in rows] == ["0.5", "0.4375", "0.3125"]  # the sweep without tasks has no row
+    assert rows[2] | {"piqa": "0.3125", "lost": "3", "p": "0.25", "stderr": "0.0625"} == rows[2]
+    task, *_ = _rows(tmp_path / "out/tasks.csv")
+    assert task | {"task": "piqa", "acc": "0.375", "acc_full": "0.5", "lost": "9"} == task
+    text = (tmp_path / "out/tables.md").read_text()
+    assert "## accuracy" in text and "Questions: piqa 64 (hub), mmlu 64 (hub)" in text
+    del swept["curve"][1]["average"]["compared"]["p"]
+    with pytest.raises(SPDError, match=r"has no result.curve.1.tasks.piqa.compared.p, which the report needs"):
+        tables(load_records([put("sweep", swept)]))

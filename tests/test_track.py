@@ -14,16 +14,9 @@ from pathlib import Path
 import pytest
 
 from spd.errors import SPDError
-from spd.track import (
-    MIRROR_SECONDS,
-    make_record,
-    metrics,
-    mirror_to_mlflow,
-    params,
-    summary,
-    write_json,
-    write_record,
-)
+from spd.mirror import MIRROR_SECONDS, _mirror, mirror_to_mlflow
+from spd.shown import curves, headline, metrics, params
+from spd.track import make_record, write_json, write_record
 
 STARTED = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = {"name": "some/where/synthetic-2", "fingerprint": "f00d", "blocks": 2}
@@ -137,14 +130,22 @@ def test_timings_have_blocks_dropped_as_step_too():
 
 def test_params_are_flat_text():
     found = params(_record(plan="DF FF"))
-    assert found["model"] == MODEL["name"] and found["model/fingerprint"] == "f00d" and found["tp"] == "8"
+    assert found["model"] == "synthetic-2" and found["model/fingerprint"] == "f00d" and found["tp"] == "8"
     assert found["plan"] == "DF FF" and found["config/list"] == "[1, 2]" and "config/off" not in found
 
 
-def test_the_summary_compares_the_ends():
-    found = summary(_record())
-    assert found["perplexity/zs/0_percent"] == 4.0 and found["perplexity/zs/100_percent"] == 9.0
-    assert found["perplexity/b2b_hg/100_percent"] == 6.0 and found["seconds/sweep"] == 1.5
+def test_the_headline_compares_reproductions():
+    found = headline(_record())
+    assert found == {"perplexity/full": 4.0, "perplexity/zs_50": 5.0, "perplexity/zs_100": 9.0,
+                     "perplexity/b2b_hg_100": 6.0, "rise_percent/zs_50": 25.0, "rise_percent/zs_100": 125.0,
+                     "rise_percent/b2b_hg_100": 50.0, "seconds/sweep": 1.5}  # fmt: skip
+    assert headline(_record("sensitivity", SENSITIVITY))["sensitivity/median"] == 2.5
+    shares = headline(_record("plan", {"classes": ["ISB", "ESB"]}))
+    assert (shares["blocks_percent/ISB"], shares["blocks_percent/SB"]) == (50.0, 0.0)
+    plans = [{"plan": p, "blocks_dropped": b, "ttft_ms": {"median": t}} for p, b, t in (("FF", 0, 4.0), ("DF", 1, 3.0))]
+    assert headline(_record("bench", {"plans": plans}))["ttft_reduction_percent/100"] == 25.0
+    assert {name for name, *_ in curves(SWEEP)} == {f"curve/{s}/{k}" for s in ("zs", "b2b_hg") for k in
+                                                    ("perplexity", "percent")}  # fmt: skip
 
 
 # ---------------------------------------------------------------- MLflow itself
@@ -153,7 +154,7 @@ def test_the_summary_compares_the_ends():
 def _in_processes(directory: Path, *records: dict) -> None:
     """Mirror records at once, each from a process of its own, into the default store of `directory`."""
     script = (
-        "import json, sys; from spd.track import mirror_to_mlflow as m; p = sys.argv[1];"
+        "import json, sys; from spd.mirror import mirror_to_mlflow as m; p = sys.argv[1];"
         "sys.exit(m(json.load(open(p)), p) is None)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -186,8 +187,9 @@ def test_a_reproduction_interrupted_and_resumed_is_one_parent_with_its_stages(tm
     first = stages[stage["id"]].info.run_id
     assert {runs[i].data.tags["mlflow.parentRunId"] for i in (first, again)} == {parent.info.run_id}
     assert stages[other["id"]].data.tags["mlflow.parentRunId"] == parents["it_s other"].info.run_id
-    assert parent.data.metrics["perplexity/zs/100_percent"] == 9.0 and parent.data.params["sweep/tp"] == "8"
-    assert parent.data.params["model"] == MODEL["name"] and parent.info.status == "FINISHED"
+    assert parent.data.metrics["perplexity/zs_100"] == 9.0 and parent.data.params["sweep/seed"] == "0"
+    assert len(client.get_metric_history(parent.info.run_id, "curve/zs/perplexity")) == 3
+    assert parent.data.params["model"] == "synthetic-2" and parent.info.status == "FINISHED"
     assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["figure.svg"]
 
     run = runs[again]
@@ -199,6 +201,9 @@ def test_a_reproduction_interrupted_and_resumed_is_one_parent_with_its_stages(tm
     assert files == {"figure.svg", f"{run.data.tags['spd.record']}.json"}
     blocks = client.get_metric_history(first, "sensitivity")
     assert sorted((m.step, m.value) for m in blocks) == [(0, 4.0), (1, 1.0)]
+    changed = {**resumed, "config": {**resumed["config"], "seed": 1}}
+    anew = client.get_run(_mirror(client, changed, [])).data.tags["mlflow.parentRunId"]
+    assert anew != parent.info.run_id and client.get_run(anew).data.params["sweep/seed"] == "1"
 
 
 @pytest.mark.parametrize("reason", ["Connection refused", "timed out|no answer"])
@@ -243,6 +248,6 @@ def test_no_mlflow_and_a_broken_store_are_warnings_too(tmp_path, monkeypatch):
     (tmp_path / "broken.db").write_text("this is no database, though long enough to look at" * 50)
     uri = f"sqlite:///{tmp_path}/broken.db"
     assert mirror_to_mlflow(record, path, tracking_uri=uri, warn=said.append) is None
-    monkeypatch.setattr("spd.track.util.find_spec", lambda name: None)
+    monkeypatch.setattr("spd.mirror.util.find_spec", lambda name: None)
     assert mirror_to_mlflow(record, path, tracking_uri=uri, warn=said.append) is None
     assert "not a database" in said[0] and "not installed" in said[1] and "\n" not in "".join(said)

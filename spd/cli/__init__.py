@@ -2,7 +2,7 @@
 
 import sys
 
-from spd.cli import latency, method, recovery, reports, reproduction  # noqa: F401  (each adds its commands)
+from spd.cli import ablations, latency, method, recovery, reports, reproduction  # noqa: F401  (each adds commands)
 from spd.cli.app import app
 from spd.errors import SPDError
 

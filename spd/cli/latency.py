@@ -12,7 +12,6 @@ from spd.cli.options import (
     Dtype,
     MLflow,
     Out,
-    Percentages,
     Records,
     Reproduction,
     Seed,
@@ -35,7 +34,10 @@ def bench(
     sensitivity: Annotated[
         Path | None, typer.Option(help="Compare plans that drop the least sensitive blocks of this file first.")
     ] = None,
-    percentages: Percentages = None,
+    percentages: Annotated[
+        str | None,
+        typer.Option(help="Percentages of blocks to drop, as in 0,25,50; without --sensitivity the first blocks."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT; 0 leaves it out.", min=0)] = 16,
@@ -43,6 +45,12 @@ def bench(
         str | None, typer.Option(help="Emulated link, waited for at every all-reduce, as in 10GBps,20us.")
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each plan.", min=1)] = 20,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="By torch.compile with static shapes; on GPUs also CUDA graphs.")
+    ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Time rank 0's shard by itself; its all-reduces are predicted over --link.")
+    ] = False,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
@@ -55,9 +63,38 @@ def bench(
     with open_session(context) as session:
         letters, described = plans_to_time(model, shape, tp, plan or [], drop or [], sensitivity, numbers(percentages))
         settings = BenchSettings(letters, model, shape, batch, prompt_len, new_tokens, link, repeats,
-                                 dtype=dtype, seed=seed)  # fmt: skip
+                                 dtype=dtype, seed=seed, compile=compile_,
+                                 share_of=tp if alone else None)  # fmt: skip
         result = run(session.runtime, tp, settings)
         session.publish(result, described, tp)
+
+
+@app.command("bench-peers")
+def bench_peers(
+    context: typer.Context,
+    shapes: Annotated[str, typer.Option(help="Named shapes with random weights.")] = "llama-8m,llama-125m,llama3.2-1b",
+    dtypes: Annotated[str, typer.Option(help="Of weights and arithmetic.")] = "float32,bfloat16",
+    degrees: Annotated[str, typer.Option(help="Processes, one shard each.")] = "1,2",
+    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
+    prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT.", min=1)] = 8,
+    seconds: Annotated[float, typer.Option(help="Repetitions of a row; from 5 to 50 of them in any case.")] = 12.0,
+    seed: Seed = 0, out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+) -> None:  # fmt: skip
+    """Time to first token and per output token beside transformers': same weights, same threads, interleaved.
+
+    On CPU. With several processes the peer is transformers' own tensor parallelism.
+    """
+    from spd.peers import compare_all, degrees_of
+    from spd.progress import bar
+
+    with open_session(context) as session:
+        asked = shapes.split(","), dtypes.split(","), degrees_of(degrees)
+        rows = len(asked[0]) * len(asked[1]) * len(asked[2])
+        setting = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens}
+        with bar(rows, "rows") as done:
+            result = compare_all(*asked, done, seconds=seconds, seed=seed, **setting)
+        session.publish(result | setting)
 
 
 @app.command("predict")
@@ -70,7 +107,9 @@ def predict_(
     link: Annotated[
         str | None, typer.Option(help="Slowest hop and latency, as in 25GBps,10us; left out: the measured all-reduce.")
     ] = None,
-    percent: Annotated[float, typer.Option(help="Percentage of blocks that drop their attention sync.")] = 70.0,
+    percent: Annotated[
+        str, typer.Option(help="Percentage of blocks that drop their attention sync, or several as in 0,25,50.")
+    ] = "70",
     batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded; TPOT is their mean.", min=1)] = 16,
@@ -87,7 +126,7 @@ def predict_(
 
     with open_session(context) as session:
         result, config = ask(
-            shape, percent, tp, gpu_name=gpu, nodes=nodes, link=link, calibration=calibration, batch=batch,
+            shape, numbers(percent), tp, gpu_name=gpu, nodes=nodes, link=link, calibration=calibration, batch=batch,
             prompt_len=prompt_len, new_tokens=new_tokens, launch_us=launch_us,
         )  # fmt: skip
         session.publish(result, describe(config, shape, f"shape-{shape}"), tp)
@@ -118,6 +157,9 @@ def profile(
     check: Annotated[
         list[Path] | None, typer.Option(help="Records to predict, not to fit; give it again for more.")
     ] = None,
+    statistic: Annotated[
+        str, typer.Option(help="Time of a plan's repetitions: median, or min (others on the machine only lengthen it).")
+    ] = "median",
     out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Calibrate the latency model on measurements of this machine, for 'predict --calibration'.
@@ -128,7 +170,8 @@ def profile(
     from spd.report import load_records
 
     with open_session(context) as session:
-        session.publish(calibrate(_benches(load_records(bench_records)), _benches(load_records(check or []))))
+        fitted, checked = (_benches(load_records(paths)) for paths in (bench_records, check or []))
+        session.publish(calibrate(fitted, checked, statistic))
 
 
 def _benches(records: list[dict]) -> list[dict]:

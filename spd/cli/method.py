@@ -9,21 +9,29 @@ from spd.cli.app import app
 from spd.cli.options import (
     RUNS,
     TP,
+    BatchSize,
+    Calibration,
     Device,
     Drop,
     DropMLP,
     Dtype,
+    Limit,
     MLflow,
     Model,
     Out,
+    PaperEpochs,
+    PaperRate,
     Percentages,
     PlanPath,
     Records,
+    RepairsFolder,
     Reproduction,
     Seed,
     SensitivityPath,
     SeqLen,
     Skip,
+    Tasks,
+    TasksDir,
     Tau1,
     Tau2,
     Text,
@@ -31,29 +39,46 @@ from spd.cli.options import (
     numbers,
     open_session,
 )
+from spd.errors import SPDError
 
 
 @app.command("eval")
 def eval_(
     context: typer.Context, model: Model, tp: TP = 1, text: Text = None, seq_len: SeqLen = None,
     windows: Windows = None, skip: Skip = 0, plan: PlanPath = None, drop: Drop = None, drop_mlp: DropMLP = None,
+    tasks: Tasks = None, tasks_dir: TasksDir = None, limit: Limit = None, batch_size: BatchSize = 16,
+    compare: Annotated[
+        bool, typer.Option(help="Put the model with nothing dropped to the same questions: answers flipped, p-value.")
+    ] = False,
+    data_parallel: Annotated[
+        int, typer.Option(help="Copies of the model, each on its part of the processes, that divide the work.", min=1)
+    ] = 1,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
-    """Perplexity of a text under a plan.
+    """Perplexity of a text, accuracy on tasks, or both, under a plan.
 
     The text is tokenised whole, without special tokens, and cut into consecutive windows; T - 1 predictions each.
+    Tasks are lm-evaluation-harness's own; the average is over acc, mmlu apart.
     """
     from spd.evaluate import perplexity
 
     with open_session(context) as session:
+        if text is None and tasks is None:
+            raise SPDError("There is nothing to evaluate: give --text, --tasks or both.")
+        accuracy, result, data = session.accuracy(), {}, None
         loaded = session.load()
+        if accuracy is not None and compare:
+            accuracy.compare_with(loaded)
         loaded.plan = session.plan(loaded)
-        data = session.windows(loaded)
-        with session.progress(len(data.tokens), "windows") as done:
-            result = perplexity(loaded.transformer, data.tokens, done)
+        if text is not None:
+            data = session.windows(loaded)
+            with session.progress(len(data.tokens), "windows") as done:
+                result |= perplexity(loaded.transformer, data.tokens, done, session.replicas)
+        if accuracy is not None:
+            result |= accuracy(loaded)
         letters = str(loaded.plan)
-        session.publish(result | {"plan": letters}, loaded.describe(), tp, data.describe(), letters)
+        session.publish(result | {"plan": letters}, loaded.describe(), tp, data and data.describe(), letters)
 
 
 @app.command()
@@ -105,30 +130,29 @@ def sweep(
     strategies: Annotated[
         str, typer.Option(help="How blocks are repaired, of zs (not at all), b2b, b2b+hg, closed-form, best.")
     ] = "zs",
-    calibration: Annotated[
-        int, typer.Option(help="Windows to repair on: the first of the text, which --skip must pass over.", min=2)
-    ] = 128,
+    calibration: Calibration = 128,
     calibration_text: Annotated[
         str | None, typer.Option(help="Text to repair on, where not the one measured on.", metavar="FILE|NAME")
     ] = None,
-    repairs: Annotated[Path, typer.Option(help="Folder of the repairs; a sweep goes on there.")] = Path("repairs"),
+    repairs: RepairsFolder = Path("repairs"),
     tau1: Tau1 = 0.05, tau2: Tau2 = 10.0,
-    epochs: Annotated[int | None, typer.Option(help="Of the paper's distillation (b2b, b2b+hg).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the paper's distillation.")] = None,
+    epochs: PaperEpochs = None, learning_rate: PaperRate = None,
     joint_epochs: Annotated[int | None, typer.Option(help="Of all dropped blocks together (best).")] = None,
     generated: Annotated[int | None, typer.Option(help="Windows that the model writes itself (best).")] = None,
+    tasks: Tasks = None, tasks_dir: TasksDir = None, limit: Limit = None, batch_size: BatchSize = 16,
     dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Perplexity against the percentage of blocks dropped, the least sensitive first, for ways to repair them.
 
     The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
+    With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
     from spd.planner import plans_by_percentage, read_sensitivity
     from spd.strategies import ZERO_SHOT, Repairs, curve, options_of, parse_strategies
 
     with open_session(context) as session:
-        names, wanted = parse_strategies(strategies), numbers(percentages)
+        names, wanted, accuracy = parse_strategies(strategies), numbers(percentages), session.accuracy()
         loaded = session.load()
         measured = read_sensitivity(sensitivity, loaded.fingerprint, tp)["sensitivity"]
         data, described, prepared = session.windows(loaded), loaded.describe(), None
@@ -138,10 +162,12 @@ def sweep(
             best = {"joint_epochs": joint_epochs, "generated": generated}
             options = options_of(paper, best, seed)
             prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.leads, session.progress)
+        if accuracy is not None:
+            accuracy.compare_with(loaded)
         del loaded  # the curve reads it afresh for repairs, and two do not fit where one hardly does
         total = len(names) * len(plans_by_percentage(measured, wanted))
         with session.progress(total, "points") as done:
-            points = curve(session.load, measured, names, wanted, data.tokens, prepared, done)
+            points = curve(session.load, measured, names, wanted, data.tokens, prepared, accuracy, done)
         predictions = data.tokens.shape[0] * (data.tokens.shape[1] - 1)
         result = {"curve": points, "tokens": predictions, "windows": len(data.tokens)}
         session.publish(result, described, tp, data.describe())

@@ -40,6 +40,29 @@ Percentages = Annotated[
 ]
 Tau1 = Annotated[float, typer.Option(help="ISB up to this sensitivity, SB above; perplexity points.")]
 Tau2 = Annotated[float, typer.Option(help="SB up to this sensitivity, ESB above; perplexity points.")]
+Calibration = Annotated[
+    int, typer.Option(help="Windows to repair on: the first of the text, which --skip must pass over.", min=2)
+]
+RepairsFolder = Annotated[
+    Path, typer.Option("--repairs", help="Folder of the repairs; an interrupted run goes on there.")
+]
+PaperEpochs = Annotated[int | None, typer.Option("--epochs", help="Of the paper's distillation.")]
+PaperRate = Annotated[float | None, typer.Option("--learning-rate", help="Of the paper's distillation.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks to answer, as in piqa,sciq: the paper's arc_easy, arc_challenge, hellaswag, lambada_openai, piqa, "
+        "sciq, winogrande; mmlu; tiny_last_word and tiny_continuation, of the built-in text.",
+        metavar="NAMES",
+    ),
+]
+TasksDir = Annotated[
+    Path | None, typer.Option(help="Folder of NAME.jsonl with the tasks' rows; left out: from the hub.", metavar="DIR")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Only the first N questions of a task (of each subject, for mmlu).", min=1)
+]
+BatchSize = Annotated[int, typer.Option(help="Contexts of tasks in a forward pass.", min=1)]
 RUNS = Path("runs")
 
 

@@ -14,6 +14,9 @@ def report(
     context: typer.Context,
     records_: Annotated[list[Path], typer.Argument(help="Record files, or folders of them.", metavar="RECORDS...")],
     out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path("paper_figures"),
+    page: Annotated[
+        Path | None, typer.Option(help="Text file with places marked for tables, as <!-- table NAME --> <!-- end -->.")
+    ] = None,
     records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Tables and figures from records; the tables are also shown on stderr."""
@@ -21,6 +24,21 @@ def report(
     from spd.report import report as draw
 
     with open_session(context) as session:
-        result = draw(records_, out)
+        result = draw(records_, out, page)
         print_tables(records_)
         session.publish(result, artifacts=[Path(file) for file in result["files"]])
+
+
+@app.command()
+def ledger(
+    context: typer.Context,
+    records_: Annotated[list[Path], typer.Argument(help="Record files, or folders of them.", metavar="RECORDS...")],
+    out: Annotated[Path, typer.Option(help="Markdown file.")] = Path("REPRODUCTION.md"),
+    records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = False,
+) -> None:  # fmt: skip
+    """Every claim of the paper beside what the records say of it, one row a claim, as Markdown."""
+    from spd.report.ledger import write_ledger
+
+    with open_session(context) as session:
+        result = write_ledger(records_, out)
+        session.publish(result, artifacts=[out])

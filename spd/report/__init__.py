@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.report.accuracy import accuracy_sheets
 from spd.report.figures import Sheet, finish, render, sheets
+from spd.report.method_figures import method_sheets
 from spd.report.predicted_figures import predicted_sheets
 from spd.report.records import Record, choose, load_records, provenance
-from spd.report.tables import Table, csv_of, markdown, print_tables, tables
+from spd.report.table import Table
+from spd.report.tables import csv_of, embed, markdown, print_tables, tables
 from spd.track import write_bytes
 
 __all__ = [
@@ -32,8 +35,10 @@ __all__ = [
 ]
 
 
-def report(records: Iterable[Path | str], out: Path | str) -> dict:
+def report(records: Iterable[Path | str], out: Path | str, page: Path | None = None) -> dict:
     """Write the figures (SVG, PNG) and tables (CSV, `tables.md`) of record files or folders into `out`.
+
+    `page` is a text with places marked for some of the tables, which are put in there as well (`embed`).
 
     The newest record of each kind, model and tp counts; of several models or degrees each gets its own files.
     Returns `{"files": [paths written]}`. Everything is drawn before the first file is written. Raises SPDError when
@@ -44,12 +49,15 @@ def report(records: Iterable[Path | str], out: Path | str) -> dict:
     found = tables(loaded)
     if not found:
         raise SPDError(
-            "None of the records given is of sensitivity, sweep, bench or a prediction: there is nothing to report."
+            "None of the records is of sensitivity, sweep, bench, tasks or a prediction: there is nothing to report."
         )
-    drawn = sheets(single, combined) + predicted_sheets(loaded)
+    drawn = sheets(single, combined) + accuracy_sheets(single) + method_sheets(loaded, single)
+    drawn += predicted_sheets(loaded)
     content = {out / f"{s.name}.{form}": render(s, form) for s in drawn for form in ("svg", "png")}
     content |= {out / f"{table.name}.csv": csv_of(table) for table in found}
     content[out / "tables.md"] = markdown(found).encode()
+    if page is not None:
+        content[page] = embed(page.read_text(), found).encode()
     for path, data in content.items():
         write_bytes(path, data)
     return {"files": [str(path) for path in content]}

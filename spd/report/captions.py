@@ -6,7 +6,8 @@ from pathlib import Path
 from spd.report.records import Record, Sources, curves_of, model_key, number_in, taus_of, timings_of, value_in
 
 
-def _machine(record: Record) -> str:
+def machine(record: Record) -> str:
+    """GPUs, or the CPU and its cores."""
     hardware = record["hardware"]
     gpus = [f"{len(list(same))} × {name}" for name, same in groupby(sorted(hardware.get("gpus") or []))]
     return (
@@ -16,7 +17,7 @@ def _machine(record: Record) -> str:
     )
 
 
-def _subject(record: Record) -> str:
+def subject(record: Record) -> str:
     return f"{model_key(record)[0]} at tp={value_in(record, 'tp')}"
 
 
@@ -33,13 +34,13 @@ def sensitivity_caption(sources: Sources) -> str:
     if sources.plan is not None:
         budget = number_in(sources.plan, "result", "budget", "blocks")
         words += f"; colours are the plan's classes, pale bars blocks outside its budget of {budget}"
-    return f"{words}. {_subject(record)}; {_data_words(record)}; {_machine(record)}."
+    return f"{words}. {subject(record)}; {_data_words(record)}; {machine(record)}."
 
 
 def perplexity_caption(sources: Sources) -> str:
     record = sources.sweeps[-1]
     words = "Perplexity against the share of blocks that drop their attention sync point;"
-    return f"{words} dashed: every sync point kept. {_subject(record)}; {_data_words(record)}; {_machine(record)}."
+    return f"{words} dashed: every sync point kept. {subject(record)}; {_data_words(record)}; {machine(record)}."
 
 
 def _setting(record: Record) -> str:
@@ -60,7 +61,21 @@ def ttft_caption(sources: Sources) -> str:
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
     emulated = any(row["emulated_ms"] for row in timings_of(record))
     words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
-    return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {_machine(record)}."
+    if any("formula_ms" in row for row in timings_of(record)):
+        words += "; diamonds: no communication, measured, plus all-reduces by formula"
+    return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {machine(record)}."
+
+
+def rates_words(record: Record) -> str:
+    """What the bounds of a bench record are made of."""
+    flops, read = (number_in(record, "result", "rates", key) for key in ("matrix_gflops", "memory_gb_per_s"))
+    sums = number_in(record, "result", "rates", "all_reduce", "ttft_ms")
+    return (
+        "saved_share = TTFT saved / time of the all-reduces removed, when all are kept; formula_ms = no communication,"
+        " measured, + all-reduces by formula; of_bound = what the machine's rates allow / measured: a process"
+        f" multiplies matrices at {flops:.0f} GFLOP/s, reads weights at {read:.1f} GB/s, and an idle all-reduce of the"
+        f" prompt's size takes {sums:.2f} ms, the emulated link aside."
+    )
 
 
 def _same_blocks(sources: Sources) -> str:
@@ -77,11 +92,11 @@ def overview_caption(sources: Sources) -> str:
     words = []
     if sources.sensitivity is not None:
         taus = "".join(f", {name} = {tau:g}" for name, tau in taus_of(sources).items())
-        words.append(f"{_subject(sources.sensitivity)}{taus}, {_data_words(sources.sensitivity)}.")
+        words.append(f"{subject(sources.sensitivity)}{taus}, {_data_words(sources.sensitivity)}.")
     if sources.sweeps:
-        words.append(f"{_subject(sources.sweeps[-1])}, {_data_words(sources.sweeps[-1])}.")
+        words.append(f"{subject(sources.sweeps[-1])}, {_data_words(sources.sweeps[-1])}.")
     if sources.bench is not None:
         words.append(f"{model_key(sources.bench)[0]}, {_setting(sources.bench)}{_same_blocks(sources)}.")
     places = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
     placed = [f"{place}: {text}" for place, text in zip(places, words, strict=False)]
-    return " ".join([*placed, f"{_machine(sources.present()[-1])}."])
+    return " ".join([*placed, f"{machine(sources.present()[-1])}."])

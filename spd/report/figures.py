@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,7 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from spd.report.captions import overview_caption, perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.captions import (
+    overview_caption,
+    perplexity_caption,
+    sensitivity_caption,
+    ttft_caption,
+)
 from spd.report.records import (
     Record,
     Sources,
@@ -41,9 +47,14 @@ STRATEGY_NAMES = {
     "closed-form": "closed form",
     "best": "best recipe",
 }
+PART_COLOURS = {
+    "compute_ms": ("computation", _BLUE),
+    "real_ms": ("real all-reduces", _ORANGE),
+    "emulated_ms": ("emulated link", "0.72"),
+}
 MARKERS = "osD^vP"
 LOG_FROM = 8  # a span of positive values wider than this factor is drawn on a logarithmic axis
-DPI = 200
+DPI, SCREEN_DPI = 200, 100  # of files, and in notebooks
 
 
 def plain(value: float, _position: int | None = None) -> str:
@@ -118,8 +129,7 @@ def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     full, blocks = full_perplexity(curves, record), number_in(record, "model", "blocks")
     for i, (name, points) in enumerate(curves.items()):
         x, y = [p["percent"] for p in points], [p["perplexity"] for p in points]
-        style = {"color": STRATEGY_COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 4, "clip_on": False}
-        ax.plot(x, y, label=name.upper() if narrow else STRATEGY_NAMES.get(name, name), zorder=3, **style)
+        ax.plot(x, y, label=name.upper() if narrow else STRATEGY_NAMES.get(name, name), **line_style(i))
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
     highest = max(p["perplexity"] for points in curves.values() for p in points)
     if highest > LOG_FROM * full:
@@ -127,25 +137,38 @@ def _panel_perplexity(ax: Axes, sources: Sources, narrow: bool = False) -> None:
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(FuncFormatter(plain))
-    ax.set(xlabel="blocks dropped (%)", ylabel="perplexity", xlim=(-2, 102))
+    ax.set(ylabel="perplexity")
+    axis_of_blocks(ax, blocks)
+    ax.legend(loc="upper left")
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Of the i-th strategy."""
+    style = {"color": STRATEGY_COLOURS[i % 6], "marker": MARKERS[i % 6], "markersize": 4}
+    return style | {"clip_on": False, "zorder": 3}
+
+
+def axis_of_blocks(ax: Axes, blocks: float) -> None:
+    """Percentage of `blocks` dropped below, their number above."""
+    ax.set(xlabel="blocks dropped (%)", xlim=(-2, 102))
     top = ax.secondary_xaxis("top", functions=(lambda p: p * blocks / 100, lambda b: b * 100 / blocks))
     top.set_xlabel("blocks dropped")
     top.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    ax.legend(loc="upper left")
 
 
 def _panel_ttft(ax: Axes, sources: Sources, narrow: bool = False) -> None:
     rows = timings_of(sources.bench)
     bottom = [0.0] * len(rows)
-    parts = {"compute_ms": ("computation", _BLUE), "real_ms": ("real all-reduces", _ORANGE)}
-    parts["emulated_ms"] = ("emulated link", "0.72")
-    for key, (label, colour) in parts.items():
+    for key, (label, colour) in PART_COLOURS.items():
         heights = [row[key] for row in rows]
         if any(heights):
             ax.bar(range(len(rows)), heights, bottom=bottom, label=label, color=colour, width=0.7, linewidth=0)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     error = [row["ttft_spread_ms"] / 2 for row in rows]
     ax.errorbar(range(len(rows)), bottom, error, fmt="none", ecolor="0.15", elinewidth=1, capsize=3)
+    if all("formula_ms" in row for row in rows):
+        formula = [row["formula_ms"] for row in rows]
+        ax.plot(range(len(rows)), formula, "D:", color=_PURPLE, markersize=3.5, linewidth=1, label="by formula")
     bounds = sources.bench["result"].get("bounds") or {}
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = number_in(sources.bench, "result", "bounds", name, "ttft_ms", "median")
@@ -186,6 +209,10 @@ class Sheet:
     records: Sequence[Record]
     figure: Figure
 
+    def _repr_png_(self) -> bytes:
+        """How a notebook shows it."""
+        return render(self, "png", SCREEN_DPI)
+
 
 def _block_width(count: int) -> float:
     return min(11.0, max(6.4, 3 + 0.13 * count))
@@ -210,7 +237,7 @@ def _figure_sensitivity(sources: Sources) -> Figure:
     return finish(figure, sensitivity_caption(sources))
 
 
-def _figure_single(draw: Callable, caption: str, sources: Sources, width: float) -> Figure:
+def figure_single(draw: Callable, caption: str, sources: Sources, width: float) -> Figure:
     figure = Figure(figsize=(width, 4.4), layout="constrained")
     draw(figure.subplots(), sources)
     return finish(figure, caption)
@@ -228,21 +255,35 @@ def _figure_overview(sources: Sources) -> Figure:
     return finish(figure, overview_caption(sources))
 
 
+def style() -> ExitStack:
+    """The look of every figure, as a context to draw in."""
+    stack = ExitStack()
+    stack.enter_context(sns.plotting_context("paper"))
+    stack.enter_context(sns.axes_style("whitegrid"))
+    stack.enter_context(mpl.rc_context({"svg.hashsalt": "spd"}))
+    return stack
+
+
+def sensitivity_sheet(sources: Sources, caption: str) -> Sheet:
+    used = [record for record in (sources.sensitivity, sources.plan) if record]
+    with style():
+        figure = _figure_sensitivity(sources)
+    return Sheet("sensitivity" + sources.suffix, "Sensitivity", caption, used, figure)
+
+
 def sheets(single: Sequence[Sources], combined: Sequence[Sources]) -> list[Sheet]:
     sheets = []
-    with sns.plotting_context("paper"), sns.axes_style("whitegrid"), mpl.rc_context({"svg.hashsalt": "spd"}):
+    with style():
         for s in single:
             if s.sensitivity:
-                used = [r for r in (s.sensitivity, s.plan) if r]
-                figure = _figure_sensitivity(s)
-                sheets.append(Sheet("sensitivity" + s.suffix, "Sensitivity", sensitivity_caption(s), used, figure))
+                sheets.append(sensitivity_sheet(s, sensitivity_caption(s)))
             if s.sweeps:
-                figure = _figure_single(_panel_perplexity, perplexity_caption(s), s, 6.4)
+                figure = figure_single(_panel_perplexity, perplexity_caption(s), s, 6.4)
                 sheets.append(Sheet("perplexity" + s.suffix, "Perplexity", perplexity_caption(s), s.sweeps, figure))
             if s.bench:
                 whole = next((c for c in combined if c.bench is s.bench), s)
                 width = max(6.4, 2 + 0.7 * len(timings_of(s.bench)))
-                figure = _figure_single(_panel_ttft, ttft_caption(whole), s, width)
+                figure = figure_single(_panel_ttft, ttft_caption(whole), s, width)
                 sheets.append(Sheet("ttft" + s.suffix, "Time to first token", ttft_caption(whole), [s.bench], figure))
         for s in combined:
             if len([x for x in (s.sensitivity, s.sweeps, s.bench) if x]) > 1:
@@ -251,7 +292,7 @@ def sheets(single: Sequence[Sources], combined: Sequence[Sources]) -> list[Sheet
     return sheets
 
 
-def render(sheet: Sheet, form: str) -> bytes:
+def render(sheet: Sheet, form: str, dpi: int = DPI) -> bytes:
     """The figure as SVG or PNG bytes, the same for the same records."""
     source = provenance(sheet.records)
     if form == "svg":
@@ -266,5 +307,5 @@ def render(sheet: Sheet, form: str) -> bytes:
         metadata = {"Title": sheet.title, "Description": sheet.caption, "Source": source, "Software": "spd"}
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "spd", "font.family": "DejaVu Sans"}):
-        sheet.figure.savefig(buffer, format=form, dpi=DPI, metadata=metadata)
+        sheet.figure.savefig(buffer, format=form, dpi=dpi, metadata=metadata)
     return buffer.getvalue()

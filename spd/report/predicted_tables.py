@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spd.report.records import Record, newest, value_in
-from spd.report.tables import Table
+from spd.report.table import Table
 
 DECODE_COSTS = {
     "launch and gaps": ("operator_us", "µs an operator"),
@@ -112,7 +112,8 @@ def _profile_errors(record: Record) -> Table:
     formats = dict.fromkeys(("use", "model", "tp", "link", "batch", "prompt_len", "plan", "time"), "")
     formats |= {"measured_ms": ".3f", "predicted_ms": ".3f", "error": "+.1%"}
     words = [_errors_in_words(record, use, kind) for use in ("fitted", "checked") for kind in ("TTFT", "TPOT")]
-    caption = f"Measured times and a calibration's predictions on {value_in(record, 'result', 'name')}."
+    how = {"min": "Least", "median": "Median"}[record["result"].get("statistic", "median")]
+    caption = f"{how} times of the repetitions and a calibration's predictions on {value_in(record, 'result', 'name')}."
     caption = " ".join([caption, *filter(None, words)])
     return Table("calibration", caption, rows, formats, [record])
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from spd.track import SCHEMA
 
 Record = Mapping[str, Any]
 CLASSES = ("ISB", "SB", "ESB")
+STAGES = ("sensitivity", "plan", "sweep", "bench")  # commands that figures of one model are made of
 
 
 def load_records(paths: Iterable[Path | str]) -> list[dict]:
-    """Records of the given files, and of the JSON files in the given folders, oldest first.
+    """Records of the given files, and of the JSON files in the given folders and theirs, oldest first.
 
     Raises SPDError when a file cannot be read, is not strict JSON, or is not a record of this schema.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
     records = {record["id"]: record for record in map(_load, files)}
     return sorted(records.values(), key=lambda record: (record["started"], record["id"]))
 
@@ -93,6 +94,8 @@ class Sources:
     plan: Record | None = None
     sweeps: tuple[Record, ...] = ()
     bench: Record | None = None
+    tasks: Record | None = None  # the newest `eval` of tasks
+    others: tuple[Record, ...] = ()  # other commands'
 
     def present(self) -> list[Record]:
         return [r for r in (self.sensitivity, self.plan, *self.sweeps, self.bench) if r is not None]
@@ -100,7 +103,7 @@ class Sources:
 
 def choose(records: Sequence[Record]) -> tuple[list[Sources], list[Sources]]:
     """(sources a model and tp, sources a model). The second keeps a tp=8 accuracy and a tp=2 timing together."""
-    useful = [r for r in records if r["command"] in ("sensitivity", "plan", "sweep", "bench")]
+    useful = [r for r in records if r["command"] in STAGES or has_tasks(r)]
     keys = list(dict.fromkeys((model_key(r), value_in(r, "tp")) for r in useful))
     models = list(dict.fromkeys(model for model, _ in keys))
     names = _slugs(models)
@@ -111,6 +114,27 @@ def choose(records: Sequence[Record]) -> tuple[list[Sources], list[Sources]]:
         single.append(_sources(mine, names[model] + (f"-tp{tp}" if len(same) > 1 else "")))
     combined = [_sources(_one_tp([r for r in useful if model_key(r) == model]), names[model]) for model in models]
     return single, combined
+
+
+def by_subject(records: Sequence[Record]) -> dict[tuple[str, int], Sources]:
+    """The records of every (model's name, tp) that has any; not of random weights, which say nothing of a model."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        if record.get("model") and record.get("tp") and not record["model"].get("shape_only"):
+            found.setdefault((model_key(record), record["tp"]), []).append(record)
+    return {(model[0], tp): replace(_sources(mine, ""), sensitivity=_best_text(mine)) for (model, tp), mine in
+            found.items()}  # fmt: skip
+
+
+def _best_text(records: Sequence[Record]) -> Record | None:
+    """Of sensitivities measured on several texts, those of the text that the model predicts best."""
+    measured = [r for r in records if r["command"] == "sensitivity"]
+    return min(reversed(measured), key=full_perplexity_of, default=None)
+
+
+def full_perplexity_of(sensitivity: Record) -> float:
+    """With every sync point kept, of a sensitivity record."""
+    return number_in(sensitivity, "result", "perplexity_from", -1)
 
 
 def _kinds(records: Sequence[Record], key: tuple) -> set[str]:
@@ -133,7 +157,9 @@ def _sources(records: list[Record], suffix: str) -> Sources:
         and plan["result"].get("sensitivity") != value_in(newest["sensitivity"], "result", "sensitivity")
     ):
         plan = None  # made from other sensitivities: its classes are not those of these bars
-    return Sources(suffix, newest.get("sensitivity"), plan, tuple(sweeps), newest.get("bench"))
+    others = tuple(r for r in records if r["command"] not in STAGES)
+    return Sources(suffix, newest.get("sensitivity"), plan, tuple(sweeps), newest.get("bench"),
+                   next((r for r in reversed(others) if has_tasks(r)), None), others)  # fmt: skip
 
 
 def model_key(record: Record) -> tuple[str, str]:
@@ -173,6 +199,10 @@ def curves_of(sweeps: Sequence[Record]) -> dict[str, list[dict]]:
     return {name: sorted(points, key=lambda p: p["blocks"]) for name, points in curves.items()}
 
 
+def has_tasks(record: Record) -> bool:
+    return record["command"] == "eval" and "tasks" in record["result"]
+
+
 def full_perplexity(curves: Mapping[str, list[dict]], record: Record) -> float:
     """Perplexity with nothing dropped."""
     for points in curves.values():
@@ -210,7 +240,22 @@ def _timing(record: Record, i: int) -> dict:
         raise SPDError(f"Record {record['id']}, plan {i}: its communication takes longer than its whole median TTFT.")
     if record["result"]["plans"][i].get("tpot_ms") is not None:
         row |= {f"tpot_{key}_ms": at("tpot_ms", key) for key in ("median", "spread")}
-    return row | {"plan": plan}
+    return row | _bounded(record, i) | {"plan": plan}
+
+
+def _bounded(record: Record, i: int) -> dict:
+    """Of a plan: the bound over the measured time, time saved over time removed, TTFT by formula; if recorded."""
+    at, plan = partial(number_in, record, "result", "plans", i), value_in(record, "result", "plans", i)
+    row = {}
+    if "saved" in plan:
+        row["saved_share"] = at("saved", "share")
+    if "floor" in plan:
+        silent = number_in(record, "result", "bounds", "no_communication", "ttft_ms", "median")
+        row["formula_ms"] = silent + at("floor", "ttft_communication_ms")
+        row["ttft_of_bound"] = at("floor", "ttft_ms") / at("ttft_ms", "median")
+        if plan.get("tpot_ms") is not None:
+            row["tpot_of_bound"] = at("floor", "tpot_ms") / at("tpot_ms", "median")
+    return row
 
 
 def taus_of(sources: Sources) -> dict[str, float]:
@@ -221,5 +266,7 @@ def taus_of(sources: Sources) -> dict[str, float]:
 
 def provenance(records: Sequence[Record]) -> str:
     """Ids and commits of records, as written into every file made of them."""
+    if not records:
+        return "drawn from no record"
     git = {r["git"]["commit"] + (" (with local changes)" if r["git"]["dirty"] else "") for r in records if r.get("git")}
     return f"records {', '.join(r['id'] for r in records)}; commit {', '.join(sorted(git)) or 'unknown'}"

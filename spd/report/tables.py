@@ -2,13 +2,18 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError
-from spd.report.captions import perplexity_caption, sensitivity_caption, ttft_caption
+from spd.report.ablation_tables import ablation_tables
+from spd.report.accuracy import accuracy_tables
+from spd.report.captions import perplexity_caption, rates_words, sensitivity_caption, ttft_caption
+from spd.report.method_figures import method_tables
+from spd.report.peer_tables import peer_tables
+from spd.report.predicted_tables import predicted_tables
 from spd.report.records import (
     Record,
     Sources,
@@ -22,28 +27,11 @@ from spd.report.records import (
     timings_of,
     value_in,
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of exact numbers; `formats` says how each column is rounded for reading (CSV keeps everything)."""
-
-    name: str
-    caption: str
-    rows: list[dict]
-    formats: Mapping[str, str]
-    records: Sequence[Record] = field(repr=False, default=())
-
-    def cells(self) -> list[list[str]]:
-        return [[_cell(row.get(column), form) for column, form in self.formats.items()] for row in self.rows]
-
-
-def _cell(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form) if isinstance(value, (int, float)) else str(value)
+from spd.report.table import Table, cell
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """The tables of `load_records`' records: sensitivities, perplexities, TTFT, predictions. Raises SPDError."""
+    """The tables of `load_records`' records: sensitivity, perplexity, TTFT, accuracy, predictions. Raises SPDError."""
     found = []
     for sources in choose(records)[0]:
         if sources.sensitivity:
@@ -52,9 +40,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
             found.append(_perplexity_table(sources))
         if sources.bench:
             found.append(_ttft_table(sources))
-    from spd.report.predicted_tables import predicted_tables  # made of this module's tables
-
-    return found + predicted_tables(records)
+    found += ablation_tables(records) + accuracy_tables(records) + method_tables(records)
+    return found + peer_tables(records) + predicted_tables(records)
 
 
 def _sensitivity_table(sources: Sources) -> Table:
@@ -97,6 +84,11 @@ def _ttft_table(sources: Sources) -> Table:
     if any("tpot_median_ms" in row for row in rows):
         formats |= {"tpot_median_ms": ".3f", "tpot_spread_ms": ".3f"}
     caption = ttft_caption(sources) + " reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+    bounded = {"saved_share": ".3f", "formula_ms": ".3f", "ttft_of_bound": ".3f", "tpot_of_bound": ".3f"}
+    found = {key: form for key, form in bounded.items() if any(key in row for row in rows)}
+    if found:
+        formats |= found
+        caption += " " + rates_words(sources.bench)
     return Table("ttft" + sources.suffix, caption, rows, {**formats, "plan": ""}, [sources.bench])
 
 
@@ -108,13 +100,33 @@ def csv_of(table: Table) -> bytes:
     return text.getvalue().encode()
 
 
-def markdown(found: Sequence[Table]) -> str:
-    parts = ["# Tables\n\nMade from the records named under each table; nothing is typed in.\n"]
+TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
+
+
+def markdown(found: Sequence[Table], title: str = TITLE) -> str:
+    parts = [title]
     for table in found:
-        lines = [list(table.formats), [":--" if not form else "--:" for form in table.formats.values()], *table.cells()]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"## {table.name}\n\n{table.caption}\n\n{body}\n\nSource: {provenance(table.records)}.\n")
+        source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
+        caption = f"{table.caption}\n\n" if table.caption else ""
+        parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
     return "\n".join(parts)
+
+
+def embed(page: str, found: Sequence[Table]) -> str:
+    """`page` with the tables that it marks by `<!-- table NAME -->` and `<!-- end -->` put between the two.
+
+    Raises:
+        SPDError: it marks none of them.
+    """
+    embedded = 0
+    for table in found:
+        marked = re.compile(rf"(<!-- table {re.escape(table.name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, count = marked.subn(lambda m, t=table: f"{m[1]}\n{t.markdown(t.essential)}\n\n{m[2]}", page)
+        embedded = embedded or count
+    if not embedded:
+        names = ", ".join(table.name for table in found)
+        raise SPDError(f"The page has no place marked for a table: <!-- table NAME -->, NAME one of {names}.")
+    return page
 
 
 # What fits 80 columns; the CSV has all of it, under full names.
@@ -128,11 +140,36 @@ HEADINGS = {
     "emulated_ms": "link\nms",
     "tpot_median_ms": "TPOT\nms",
     "sensitivity_nats": "nats",
+    "saved_share": "saved/\nremoved",
+    "transformers_ttft_ms": "transf.\nTTFT ms",
+    "transformers_tpot_ms": "transf.\nTPOT ms",
+    "spd_ttft_ms": "spd\nTTFT ms",
+    "spd_tpot_ms": "spd\nTPOT ms",
     "increase_percent": "increase\n%",
     "reduction": "reduc-\ntion",
+    "difference": "differ-\nence",
     "speedup": "speed-\nup",
 }
-TERMINAL_LEAVES_OUT = {"plan", "ttft_min_ms", "repeats", "count", "bytes", "tpot_spread_ms"}
+TERMINAL_LEAVES_OUT = {
+    "threads",
+    "logits_differ",
+    "ttft_ratio_of_least",
+    "tpot_ratio_of_least",
+    "formula_ms",
+    "ttft_of_bound",
+    "tpot_of_bound",
+    "spd_ttft_iqr",
+    "spd_tpot_iqr",
+    "transformers_ttft_iqr",
+    "transformers_tpot_iqr",
+    "plan",
+    "ttft_min_ms",
+    "repeats",
+    "count",
+    "bytes",
+    "tpot_spread_ms",
+}
+TERMINAL_LEAVES_OUT |= {"stderr", "difference_stderr", "lost", "gained", "chance"}  # of accuracies
 
 
 def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
@@ -151,5 +188,5 @@ def print_tables(records: Iterable[Path | str], console: Any = None) -> None:
             heading = HEADINGS.get(column, column.replace("_", "\n"))
             rich.add_column(heading, justify="right" if table.formats[column] else "left")
         for row in table.rows:
-            rich.add_row(*(_cell(row.get(column), table.formats[column]) for column in shown))
+            rich.add_row(*(cell(row.get(column), table.formats[column]) for column in shown))
         console.print(rich)

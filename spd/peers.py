@@ -1,0 +1,202 @@
+"""Side by side with transformers: the same weights, the same threads, one run, every repetition timing both.
+
+Each row of the comparison has processes of its own, so that neither engine meets what another row left behind. With
+several processes the peer is transformers' own tensor parallelism.
+"""
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spd.bench import spread
+from spd.checkpoint import SINGLE, random_tensors
+from spd.config import ModelConfig, named_shape
+from spd.errors import SPDError
+from spd.launch import Runtime, cores, spawn
+from spd.pretrained import DTYPES, SPDModel
+from spd.track import hardware
+
+ENGINES = ("spd", "transformers")
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """One row of the comparison."""
+
+    shape: str
+    dtype: str = "float32"
+    tp: int = 1
+    batch: int = 1
+    prompt_len: int = 128  # tokens
+    new_tokens: int = 8  # decoded after the first
+    seconds: float = 12.0  # to spend on repetitions, warm-up and loading aside
+    warmup: int = 2
+    seed: int = 0
+
+
+class Engine(Protocol):
+    """Greedy decoding: `start` forgets everything, `step` reads tokens (B, T) and gives logits (B, vocabulary)."""
+
+    def start(self) -> None: ...
+
+    def step(self, tokens: Tensor) -> Tensor: ...
+
+
+class Ours:
+    def __init__(self, runtime: Runtime, folder: Path, settings: PeerSettings):
+        shards = runtime.shards(settings.tp)
+        self.model = SPDModel.from_pretrained(folder, shards=shards, dtype=settings.dtype).transformer
+        self.cache = self.model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
+
+    def start(self) -> None:
+        self.cache.length = 0
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, self.cache, last_only=True)[:, -1]
+
+
+class Theirs:
+    """transformers at its leanest: SDPA, its own cache, logits of the last token only, no `generate` around it."""
+
+    def __init__(self, runtime: Runtime, folder: Path, settings: PeerSettings):
+        from transformers import LlamaForCausalLM
+        from transformers.distributed import DistributedConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        split = {} if settings.tp == 1 else {
+            "distributed_config": DistributedConfig(tp_plan="auto", tp_size=settings.tp)}  # fmt: skip
+        options = {"dtype": DTYPES[settings.dtype], "attn_implementation": "sdpa", **split}
+        self.model = LlamaForCausalLM.from_pretrained(folder, **options).eval().requires_grad_(False)
+
+    def start(self) -> None:
+        self.cache = None
+
+    def step(self, tokens: Tensor) -> Tensor:
+        found = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = found.past_key_values
+        return found.logits[:, -1]
+
+
+@torch.no_grad()
+def compare(runtime: Runtime, folder: str, settings: PeerSettings) -> dict:
+    """Times both engines on the weights in `folder`; every process must call it.
+
+    Returns:
+        `ttft_ms` and `tpot_ms` of each engine, the ratios (transformers over spd: above 1 spd is ahead), and how far
+        the logits lie apart. Where transformers cannot split the model, `why_not` says what it raised.
+    """
+    ours, why_not = Ours(runtime, Path(folder), settings), None
+    try:
+        engines: list[Engine] = [ours, Theirs(runtime, Path(folder), settings)]
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        engines, why_not = [ours], f"{type(error).__name__}: {' '.join(str(error).split())}"
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompt = torch.randint(ours.model.config.vocab_size, (settings.batch, settings.prompt_len), generator=generator)
+    times = _interleaved(engines, prompt, settings)
+    row = {"shape": settings.shape, "dtype": settings.dtype, "tp": settings.tp, "threads": torch.get_num_threads()}
+    for name, taken in zip(ENGINES, times, strict=False):
+        row[name] = {"ttft_ms": spread([t for t, _ in taken]), "tpot_ms": spread([t for _, t in taken])}
+    if why_not is not None:
+        return row | {"why_not": why_not}
+    ratio = {kind: row["transformers"][kind]["median"] / row["spd"][kind]["median"] for kind in ("ttft_ms", "tpot_ms")}
+    return row | {"ratio": {"ttft": ratio["ttft_ms"], "tpot": ratio["tpot_ms"]}, **_agreement(engines, prompt)}
+
+
+def _agreement(engines: Sequence[Engine], prompt: Tensor) -> dict:
+    """Largest difference of the first token's logits, and the largest logit to judge it by."""
+    for engine in engines:
+        engine.start()
+    ours, theirs = (engine.step(prompt).float() for engine in engines)
+    return {"logits_differ": float((ours - theirs).abs().max()), "logits_up_to": float(theirs.abs().max())}
+
+
+def _interleaved(engines: Sequence[Engine], prompt: Tensor, settings: PeerSettings) -> list[list[tuple[float, float]]]:
+    shuffled = random.Random(settings.seed)  # the same order on every process
+
+    def repetition() -> dict[int, tuple[float, float]]:
+        return {i: _once(engines[i], prompt, settings.new_tokens) for i in shuffled.sample(range(len(engines)),
+                len(engines))}  # fmt: skip
+
+    for _ in range(settings.warmup):
+        start = time.perf_counter()
+        repetition()
+    taken = [repetition() for _ in range(_repeats(settings.seconds / (time.perf_counter() - start)))]
+    return [[one[i] for one in taken] for i in range(len(engines))]
+
+
+def _repeats(fitting: float) -> int:
+    """At least 5 and at most 50, the same on every process."""
+    count = torch.tensor([min(50, max(5, int(fitting)))])
+    dist.broadcast(count, 0)
+    return int(count)
+
+
+def _once(engine: Engine, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds up to the first token's choice, and a token after it."""
+    dist.barrier()
+    engine.start()
+    start = time.perf_counter()
+    token = engine.step(prompt).argmax(-1, keepdim=True)
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        token = engine.step(token).argmax(-1, keepdim=True)
+    return first - start, (time.perf_counter() - first) / new_tokens
+
+
+def compare_all(
+    shapes: Sequence[str],
+    dtypes: Sequence[str],
+    degrees: Sequence[int],
+    progress: Callable[[int], None] = lambda n: None,
+    **more,
+) -> dict:
+    """The whole table: a row for every shape, dtype and degree.
+
+    Raises:
+        SPDError: an unknown shape or dtype, a degree that a shape does not allow, more processes than cores.
+    """
+    for shape, tp in product(shapes, degrees):
+        named_shape(shape).validate_tp(tp)
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown:
+        raise SPDError(f"Unknown dtype '{unknown[0]}'; known: {', '.join(DTYPES)}.")
+    if max(degrees) > cores():
+        raise SPDError(f"{max(degrees)} processes on {cores()} cores would time nothing but their waiting.")
+    rows = []
+    for shape in shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            write_random(named_shape(shape), Path(folder), more.get("seed", 0))
+            for dtype, tp in product(dtypes, degrees):
+                rows.append(spawn(tp, compare, folder, PeerSettings(shape, dtype, tp, **more)))
+                progress(1)
+    ratios = [ratio for row in rows for ratio in row.get("ratio", {}).values()]
+    return {"rows": rows, "least_ratio": min(ratios, default=None), "hardware": hardware()}
+
+
+def degrees_of(spec: str) -> list[int]:
+    """From `1,2`. Raises SPDError showing the form."""
+    try:
+        degrees = [int(part) for part in spec.split(",")]
+    except ValueError:
+        degrees = [0]
+    if min(degrees) < 1:
+        raise SPDError(f"'{spec}' does not give numbers of processes; write them as in 1,2.")
+    return degrees
+
+
+def write_random(config: ModelConfig, folder: Path, seed: int) -> None:
+    """A Hugging Face folder of random weights in bfloat16, which float32 holds exactly: both dtypes get the same."""
+    from safetensors.torch import save_file
+
+    config.to_hf().save_pretrained(folder)
+    save_file(random_tensors(config, seed), folder / SINGLE, metadata={"format": "pt"})

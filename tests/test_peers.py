@@ -1,0 +1,177 @@
+"""Speed without other numbers: the products, the compiled passes, the peer, and what bench says of its own bounds."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+from spd import Plan, SPDModel
+from spd.bench import BenchSettings, _gained, _Sample, run
+from spd.comm import Collective, Link, Shards
+from spd.config import SHAPES, ModelConfig
+from spd.errors import SPDError
+from spd.kernels import linear
+from spd.launch import Runtime, spawn
+from spd.model import Rotary, rotate
+from spd.peers import PeerSettings, compare, compare_all, degrees_of, write_random
+from spd.report import tables
+from spd.roofline import Rates, floors
+from spd.static import Compiled, Eager
+from spd.track import make_record
+
+TINY = ModelConfig(96, 32, 64, 3, 4, 2, 8, 128)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_products_are_the_same_whoever_computes_them(rows):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*size, generator=generator) for size in ((2, rows, 512), (4096, 512)))
+    expected = x.double() @ weight.double().T
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight).double(), expected, rtol=0, atol=1e-3)
+    weight.requires_grad_()
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad[0], x.sum((0, 1)), rtol=1e-4, atol=1e-3)
+
+
+def test_rotary_tables_grow_and_keep_their_values():
+    rotary, x = Rotary(TINY), torch.randn(1, 1, 2, 1, 8)
+    early = rotary(3, 1, x)
+    late = rotary(700, 1, x)  # beyond what was kept
+    assert all(torch.equal(a, b) for a, b in zip(early, rotary(3, 1, x), strict=True))
+    first, second = x.chunk(2, -1)
+    angles = 700 * rotary.frequencies.repeat(2)
+    expected = x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+    torch.testing.assert_close(rotate(x, *late), expected, rtol=0, atol=1e-4)
+    assert rotary(0, 1, x.bfloat16())[0].dtype is torch.bfloat16
+
+
+@torch.no_grad()
+def _tokens(engine: Eager | Compiled, steps: int) -> list[list[int]]:
+    engine.prefill()
+    chosen = [engine.token.clone()]
+    for _ in range(steps):
+        engine.decode()
+        chosen.append(engine.token.clone())
+    return torch.cat(chosen, 1).tolist()
+
+
+@pytest.mark.parametrize("letters", ["FF FF FF", "DF FF DD"])
+def test_compiled_passes_choose_the_tokens_of_eager_ones(letters):
+    """Through dynamo and autograd's tracer; the code generator behind them is torch's own affair and takes a minute."""
+    torch._dynamo.reset()
+    model = SPDModel.random(TINY, "tiny", Shards(2)).transformer
+    model.plan = Plan.from_letters(letters)
+    prompt = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = _tokens(Eager(model, prompt, 6), 6)
+    compiled = Compiled(model, prompt, 6, backend="aot_eager")
+    assert _tokens(compiled, 6) == expected
+    assert _tokens(compiled, 6) == expected  # a second prompt meets nothing of the first
+
+
+def _against(runtime: Runtime, folder: str, tp: int) -> dict:
+    torch.set_num_threads(1)
+    return compare(runtime, folder, PeerSettings("tiny", "float32", tp, prompt_len=8, new_tokens=2, seconds=0))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_peer_has_the_same_weights_and_the_same_numbers(tmp_path, tp):
+    write_random(TINY, tmp_path, 0)
+    row = spawn(tp, _against, str(tmp_path), tp)
+    assert row["logits_differ"] < 1e-4 < row["logits_up_to"]
+    assert row["spd"]["ttft_ms"]["repeats"] == row["transformers"]["ttft_ms"]["repeats"] == 5
+    assert row["ratio"]["ttft"] == row["transformers"]["ttft_ms"]["median"] / row["spd"]["ttft_ms"]["median"]
+
+
+def test_the_table_beside_transformers_says_who_is_ahead_or_why_there_is_no_peer():
+    def times(median: float) -> dict:
+        return {kind: {"median": median, "spread": 0.5, "min": 1.0, "repeats": 7} for kind in ("ttft_ms", "tpot_ms")}
+
+    both = {"shape": "llama-8m", "dtype": "float32", "tp": 1, "threads": 2, "spd": times(4.0), "logits_differ": 1e-6}
+    both |= {"transformers": times(5.0), "ratio": {"ttft": 1.25, "tpot": 1.25}}
+    alone = {
+        "shape": "llama-8m",
+        "dtype": "float32",
+        "tp": 2,
+        "threads": 1,
+        "spd": times(4.0),
+        "why_not": "OSError: no",
+    }
+    result = {"rows": [both, alone], "batch": 1, "prompt_len": 128, "new_tokens": 8}
+    (table,) = tables([make_record("bench-peers", {}, result, started=datetime.now(UTC))])
+    assert table.rows[0]["ttft_ratio"] == 1.25 and table.rows[0]["repeats"] == 7
+    assert table.rows[1]["why_not"] == "OSError: no" and "transformers_ttft_ms" not in table.rows[1]
+    assert all(len(cells) == len(table.formats) for cells in table.cells())
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ((["llama-9m"], ["float32"], [1]), "llama-8m"),
+        ((["llama-8m"], ["int8"], [1]), "float32, bfloat16"),
+        ((["llama-8m"], ["float32"], [3]), "valid: 1, 2, 4, 8"),
+        ((["llama2-70b"], ["float32"], [64]), "processes on"),
+    ],
+)
+def test_mistakes_in_what_is_compared_are_answered_in_words(asked, words):
+    with pytest.raises(SPDError, match=words):
+        compare_all(*asked)
+
+
+@pytest.mark.parametrize("spec", ["", "0", "1,x"])
+def test_degrees_show_their_form(spec):
+    with pytest.raises(SPDError, match="as in 1,2"):
+        degrees_of(spec)
+
+
+# ---------------------------------------------------------------- what bench says of its own times
+
+
+def test_time_saved_is_compared_with_the_all_reduces_removed_of_the_same_repetition():
+    def sample(ttft: float, attention: int) -> _Sample:
+        sums = {"mlp": Collective(4, 0, 0.4, 0.4)}
+        if attention:
+            sums["attention"] = Collective(attention, 0, 0.1 * attention, 0.2 * attention)
+        return _Sample(ttft, None, sums)
+
+    full, half, none = (sample(10.0, 4), sample(9.5, 2), sample(8.8, 0))
+    assert _gained([full], [half])["saved"] == pytest.approx({"saved_ms": 500, "removed_ms": 600, "share": 5 / 6})
+    assert _gained([full], [none])["saved"]["share"] == pytest.approx(1.0)
+    assert _gained([full], [full]) == {}
+
+
+def test_bounds_are_work_over_rates_plus_the_sync_points():
+    shards = Shards(2, 0, 2, link=Link.parse("1GBps,1ms"))
+    model = SPDModel.random(TINY, "tiny", shards).transformer
+    rates = Rates(flops=1e9, bytes=1e9, all_reduce={"ttft": 2e-3, "tpot": 1e-3})
+    silent, kept = (floors(rates, model, 1, 16, 4, syncs) for syncs in (0, 6))
+    assert kept["ttft_ms"] - silent["ttft_ms"] == pytest.approx(6 * (2 + 1 + 16 * 32 * 4 / 1e6))
+    assert kept["tpot_communication_ms"] == pytest.approx(6 * (1 + 1 + 32 * 4 / 1e6))
+    q_kv_o = 32 * (16 + 2 * 8) + 16 * 32  # one shard: 2 of 4 heads, 1 of 2 key/value heads
+    weights = 3 * (q_kv_o + 3 * 32 * 32) + 96 * 32
+    assert silent["tpot_ms"] == pytest.approx(1e3 * 4 * weights / 1e9)
+
+
+def test_bench_gives_bounds_and_times_one_shard_alone():
+    settings = BenchSettings(("FF FF FF FF FF FF",), shape="llama-8m", prompt_len=8, new_tokens=1, repeats=2, warmup=0)
+    found = run(Runtime(), 1, settings)
+    assert found["rates"]["matrix_gflops"] > 0 and found["rates"]["all_reduce"]["ttft_ms"] == 0
+    assert found["plans"][0]["floor"]["ttft_ms"] > 0 and "saved" not in found["plans"][0]
+    model = {"name": "llama-8m", "fingerprint": "f", "blocks": 6}
+    (table,) = tables([make_record("bench", {}, found, started=datetime.now(UTC), model=model, tp=1)])
+    assert table.rows[0]["formula_ms"] == found["bounds"]["no_communication"]["ttft_ms"]["median"]
+    assert table.rows[0]["ttft_of_bound"] > 0 and "GFLOP/s" in table.caption
+    plans = ("FF FF FF FF FF FF", "DF DF DF DF DF DF")
+    more = {"prompt_len": 8, "new_tokens": 1, "repeats": 2, "warmup": 0, "share_of": 4, "link": "1GBps,1ms"}
+    found = run(Runtime(), 4, BenchSettings(plans, shape="llama-8m", **more))
+    times = [row["ttft_ms"] for row in found["predicted"]]
+    assert found["world"] == 1 and found["tp"] == 4 and not found["share"]["collectives"]
+    assert times[0] - times[1] == pytest.approx(6 * (1 + 1.5 * 8 * 256 * 4 / 1e6))
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_share_alone_needs_a_link_to_predict_over():
+    with pytest.raises(SPDError, match="--link"):
+        run(Runtime(), 4, BenchSettings(("FF",), shape="llama-8m", share_of=4))
+    assert SHAPES["llama-8m"].num_blocks == 6
