@@ -1,8 +1,8 @@
 """Memory and time of commands, reckoned and not measured: counted from a model's shape and what a command does.
 
-Rates are the data sheets' peaks times `UTILISATION`; reading weights and answering tasks are not counted. Memory is a GPU's
-(weights, gradients and optimiser, statistics, activations) and of a node (streams of hidden states, which every process
-keeps for itself). Counts follow the code: repairs are in float32, for the worst class that a block can have.
+Rates are the data sheets' peaks times `UTILISATION`; reading weights and answering tasks are not counted. Memory is
+that of a GPU (weights, gradients and optimiser, statistics, activations) and of a node (streams of hidden states, which
+every process keeps for itself). Counts follow the code: repairs are in float32, for the worst class of block.
 """
 
 from collections.abc import Mapping
