@@ -151,6 +151,7 @@ HEADINGS = {
     "speedup": "speed-\nup",
 }
 TERMINAL_LEAVES_OUT = {
+    "saved_share",
     "threads",
     "logits_differ",
     "ttft_ratio_of_least",
