@@ -54,8 +54,8 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 	@touch $@
 
 # ---- Targets
-.PHONY: help env test lint reproduce-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities predict bench-peers \
-  check-prediction bench-gpu figures ledger notebooks tiny-model mlflow-ui clean clean-env
+.PHONY: help env test lint reproduce-tiny distill-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities ablation predict \
+  bench-peers check-prediction bench-gpu figures ledger notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -105,8 +105,10 @@ SWEEP = $(APART) $(EVAL) \
 # Latency is measured on one GPU a shard, over direct links and without them, or on this machine's cores.
 BENCHES = $(if $(DEVICE),$(if $(filter cuda-$(TP),$(DEVICE)-$(WORLD)),bench-hbw bench-lbw),bench)
 
-# One plan question by question, where the experiment asks for it.
-EVALUATED = $(if $(shell grep -s '^eval:' $(EXPERIMENT)),$(RUN)/eval.json)
+# Stages that only some experiments ask for, by a section of their name.
+asks = $(if $(shell grep -s '^$(1):' $(EXPERIMENT)),$(RUN)/$(2))
+REPAIRED = $(call asks,distill,repaired/result.json)
+MORE = $(call asks,table1,table1.json) $(REPAIRED) $(call asks,eval,eval.json)
 
 SPD = $(PYTHON) -m spd --experiment $(EXPERIMENT)
 TORCHRUN = $(PYTHON) -m torch.distributed.run
@@ -145,7 +147,7 @@ reproduce-70b: $(READY)  ## LLaMA2-70B at tp 8 (SHAPE_ONLY=1: two random blocks 
 	+@$(call paper,llama2-70b,8,8)
 
 # The first node writes what is asked before the pre-flight check, where all nodes meet; the others read it after.
-ASKED := $(RUN)/asked-sensitivity $(RUN)/asked-plan $(RUN)/asked-sweep $(RUN)/asked-eval $(RUN)/asked-bench
+ASKED := $(foreach stage,sensitivity plan sweep table1 distill eval bench,$(RUN)/asked-$(stage))
 $(ASKED): $(RUN)/asked-%: FORCE $(if $(filter 0,$(NODE_RANK)),,$(RUN)/preflight.json)
 	@$(if $(DRY_RUN)$(filter-out 0,$(NODE_RANK)),:,mkdir -p $(@D); { \
 	  awk '/^[a-z]/ { on = $$1 == "common:" || $$1 == "$*:" } { sub(/ *#.*/, "") } on && NF' $(EXPERIMENT); \
@@ -161,33 +163,43 @@ $(RUN)/preflight.json: FORCE $(if $(filter 0,$(NODE_RANK)),$(ASKED)) $(if $(SHAP
 READS = $(if $(PREFLIGHT),$(RUN)/preflight.json) $(READY)
 
 $(RUN)/sensitivity.json: $(RUN)/asked-sensitivity $(REDONE) $(wildcard $(or $(MODEL),spd/tiny/model)/*.safetensors $(TEXT)) | $(READS)
-	$(call run,1/5 sensitivity of every block,$(call launch,$(NPROC),29501),sensitivity $(STAGE) $(ON) --out $@,$(WORLD))
+	$(call run,sensitivity of every block,$(call launch,$(NPROC),29501),sensitivity $(STAGE) $(ON) --out $@,$(WORLD))
 
 $(RUN)/plan.json: $(RUN)/sensitivity.json $(RUN)/asked-plan $(REDONE)
-	$(call first,2/5 plan,$(SPD),plan $< $(TO) --out $@,1)
+	$(call first,plan,$(SPD),plan $< $(TO) --out $@,1)
 
 $(RUN)/sweep.json: $(RUN)/sensitivity.json $(RUN)/asked-sweep $(REDONE)
-	$(call run,3/5 perplexity and accuracy against the percentage of blocks dropped,$(call launch,$(NPROC),29502),sweep $< $(STAGE) $(ON) \
+	$(call run,perplexity and accuracy against the percentage of blocks dropped,$(call launch,$(NPROC),29502),sweep $< $(STAGE) $(ON) \
 	  $(SWEEP) --repairs $(RUN)/repairs --out $@,$(WORLD))
 
-$(RUN)/eval.json: $(RUN)/plan.json $(RUN)/asked-eval $(REDONE)
-	$(call run,4/5 perplexity and accuracy of the plan,$(call launch,$(NPROC),29505),eval --plan $< $(STAGE) $(ON) \
-	  $(EVAL) --out $@,$(WORLD))
+$(RUN)/table1.json: $(RUN)/asked-table1 $(REDONE) | $(READS)
+	$(call run,other block designs,$(call launch,$(NPROC),29506),table1 $(STAGE) $(ON) --out $@,$(WORLD))
+
+# A repair goes on in its folder, unless something else was asked for or planned when it began.
+$(RUN)/repaired/result.json: $(RUN)/plan.json $(RUN)/asked-distill $(REDONE)
+	@$(if $(DRY_RUN),,cat $^ | cmp -s - $(@D).asked || { rm -rf $(@D); cat $^ > $(@D).asked; })
+	$(call run,repair of what the plan drops,$(call launch,$(NPROC),29507),distill --plan $< $(STAGE) $(ON) --out $(@D),$(WORLD))
+
+distill-tiny: $(RUN)/repaired/result.json  ## Repair the blocks that the tiny reproduction's plan drops
+
+$(RUN)/eval.json: $(RUN)/plan.json $(REPAIRED) $(RUN)/asked-eval $(REDONE)
+	$(call run,accuracy of the plan question by question,$(call launch,$(NPROC),29505),eval \
+	  --plan $(if $(REPAIRED),$(RUN)/repaired,$<) $(STAGE) $(ON) $(EVAL) --out $@,$(WORLD))
 
 $(RUN)/bench.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
-	$(call run,5/5 time to first token on real processes,$(SPD),bench --sensitivity $< $(STAGE) --out $@,1)
+	$(call run,time to first token on real processes,$(SPD),bench --sensitivity $< $(STAGE) --out $@,1)
 
 $(RUN)/bench-hbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
-	$(call run,5/5 time to first token over direct links,$(call launch,$(NPROC),29503),bench --sensitivity $< $(STAGE) \
+	$(call run,time to first token over direct links,$(call launch,$(NPROC),29503),bench --sensitivity $< $(STAGE) \
 	  --tp $(TP) --out $@,$(WORLD))
 
 $(RUN)/bench-lbw.json: $(RUN)/sensitivity.json $(RUN)/asked-bench $(REDONE)
-	$(call run,5/5 time to first token without direct links,$(LOW_BANDWIDTH) $(call launch,$(NPROC),29504),bench \
-	  --sensitivity $< $(STAGE) --tp $(TP) --records $(RUN)/records/lbw --out $@,$(WORLD))
+	$(call run,time to first token without direct links,$(LOW_BANDWIDTH) $(call launch,$(NPROC),29504),bench \
+	  --sensitivity $< $(STAGE) --tp $(TP) --records $(RUN)/lbw --out $@,$(WORLD))
 
-$(FIGURES)/tables.md: $(RUN)/plan.json $(RUN)/sweep.json $(EVALUATED) $(BENCHES:%=$(RUN)/%.json) $(REDONE)
+$(FIGURES)/tables.md: $(RUN)/plan.json $(RUN)/sweep.json $(MORE) $(BENCHES:%=$(RUN)/%.json) $(REDONE)
 	$(call first,figures and tables,$(SPD),report $(RUN)/records --out $(@D) $(TO),1)
-	$(if $(filter bench-lbw,$(BENCHES)),$(call first,low bandwidth,$(SPD),report $(RUN)/records/lbw --out $(@D)/lbw $(TO),1))
+	$(if $(filter bench-lbw,$(BENCHES)),$(call first,low bandwidth,$(SPD),report $(RUN)/lbw --out $(@D)/lbw $(TO),1))
 	$(if $(BENCHES),,@echo "Latency was left out: it needs one GPU for each of the tp=$(TP) shards (NPROC=$(TP))." >&2)
 	$(if $(DRY_RUN),,@echo "Figures and tables are in $(@D); 'make mlflow-ui' compares runs." >&2)
 
@@ -208,6 +220,12 @@ sensitivities: $(READY)  ## Sensitivities and classes over MODELS, TPS and TEXTS
 	  $(PYTHON) -m spd plan $$at/sensitivity.json --out $$at/plan.json "$$@" >/dev/null; \
 	done; done; done
 	$(PYTHON) -m spd report runs/sensitivities/records --out paper_figures/sensitivities --records runs >/dev/null
+
+CALIBRATION := 128
+ablation: $(READY)  ## What each step of a repair gives, on MODEL and TEXT (ARGS: windows, learning rate)
+	$(PYTHON) -m spd ablate --model $(or $(MODEL),spd-tiny) --text $(or $(TEXT),builtin) --tp $(or $(TP),8) --calibration $(CALIBRATION) \
+	  --skip $(CALIBRATION) --windows 64 --learning-rate 0.001 $(ARGS) --repairs runs/ablation/repairs-$(NAME) --records runs/ablation/records >/dev/null
+	$(PYTHON) -m spd report runs/ablation/records --out paper_figures/ablation --records runs >/dev/null
 
 predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
 	rm -rf runs/predict
@@ -242,6 +260,7 @@ figures: $(READY)  ## Draw paper_figures again from the committed records
 	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \
 	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow >/dev/null 2>&1; \
 	done
+	$(PYTHON) -m spd report experiments/records/ablation --out paper_figures/ablation --page README.md --records runs --no-mlflow >/dev/null 2>&1
 
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) -m spd ledger experiments/records --out REPRODUCTION.md >/dev/null

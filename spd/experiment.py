@@ -67,6 +67,11 @@ class EvaluationSection(_Section):
     generated: int | None = Field(None, ge=0, description="windows that the model writes itself (`best`)")
 
 
+class Table1Section(_Section):
+    drop: str | None = Field(None, description="blocks, as in `0` (the paper's) or `all`")
+    windows: int | None = Field(None, ge=1)
+
+
 class BenchSection(_Section):
     tp: int | None = Field(None, ge=1, description="processes")
     batch: int | None = Field(None, ge=1)
@@ -101,6 +106,7 @@ class Experiment(_Section):
     distill: DistillSection = DistillSection()
     eval: EvaluationSection = EvaluationSection()
     sweep: EvaluationSection = EvaluationSection()
+    table1: Table1Section = Table1Section()
     bench: BenchSection = BenchSection()
 
     def texts(self) -> list[str]:

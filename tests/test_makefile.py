@@ -224,11 +224,14 @@ def test_a_reproduction_runs_its_stages_in_order():
     words = ["reproduce-tiny", "PYTHON=python", "MODEL=models/llama", "TEXT=some.txt", "TP=4", "-n", "-j4"]
     done = subprocess.run([MAKE, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     stages = re.findall(r"python -m spd --experiment experiments/tiny.yaml (\w+) (.*)", done.stdout)
-    assert [name for name, _ in stages] == ["sensitivity", "plan", "sweep", "eval", "bench", "report"]
+    assert [name for name, _ in stages] == [
+        "sensitivity", "plan", "sweep", "table1", "distill", "eval", "bench", "report",
+    ]  # fmt: skip
     options = dict(stages)
-    for name in ("sensitivity", "sweep", "eval"):
+    for name in ("sensitivity", "sweep", "table1", "distill", "eval"):
         assert '--model "models/llama"' in options[name]
         assert '--tp 4 --text "some.txt"' in options[name]
+    assert "--plan runs/reproduce-llama-tp4/repaired" in options["eval"]
     assert "--tp" not in options["bench"]  # as many processes as the experiment says
     assert all("--reproduction llama-tp4" in words for words in options.values())
     assert "paper_figures/llama-tp4" in options["report"]
