@@ -256,11 +256,11 @@ bench-gpu: $(READY)  ## On a GPU: 7B with random weights, and rank 0's share of 
 	$(ON_GPU) --shape llama2-7b
 	$(ON_GPU) --shape llama2-70b --tp 8 --alone --link $(or $(LINK),300GBps,25us) --drop none --drop all
 
-figures: $(READY)  ## Draw paper_figures again from the committed records
+figures: $(READY)  ## Draw paper_figures, and fill in the README's tables, again from the committed records
 	@set -e; for folder in experiments/records/*/; do echo "$$folder" >&2; \
-	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow >/dev/null 2>&1; \
+	  $(PYTHON) -m spd report $$folder --out paper_figures/$$(basename $$folder) --records runs --no-mlflow \
+	    $$(case $$folder in */ablation/|*/budget/) echo --page README.md;; esac) >/dev/null 2>&1; \
 	done
-	$(PYTHON) -m spd report experiments/records/ablation --out paper_figures/ablation --page README.md --records runs --no-mlflow >/dev/null 2>&1
 
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) -m spd ledger experiments/records --out REPRODUCTION.md >/dev/null

@@ -253,12 +253,17 @@ def _seq_len(options: Mapping[str, Any], config: ModelConfig) -> int:
 
 MODELS = ("llama2-7b", "llama2-13b", "llama2-70b")
 TP, WINDOWS, SEQ_LEN = 8, 128, 2048  # the paper's
-RECIPES = {"b2b+hg": ("paper", "b2b+hg"), "closed-form": ("closed-form", "zs")}
+RECIPES = {"b2b+hg": ("paper", "b2b+hg"), "closed-form": ("closed-form", "zs"), "best": ("best", "zs")}
 GIB = 2**30
 
 
-def table(gpu: str = "a100") -> list[dict]:
-    """A row a model, number of GPUs and repair: all its blocks repaired, on the paper's calibration data."""
+def table(gpu: str = "a100") -> dict:
+    """All blocks of a model repaired, on the paper's calibration data.
+
+    Returns:
+        `gpu`, `device_bytes` (what one has), `tp`, `windows`, `seq_len`, and `rows`: one a model, number of GPUs and
+        repair.
+    """
     rows = []
     for model in MODELS:
         for gpus in (1, TP):
@@ -267,21 +272,8 @@ def table(gpu: str = "a100") -> list[dict]:
                 found = repair(job, WINDOWS, job.config.num_blocks, Recipe.of(*recipe))
                 rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found),
                              "fits": found.device_bytes <= gpu_memory(gpu)})  # fmt: skip
-    return rows
-
-
-def markdown(rows: list[dict], gpu: str = "a100") -> str:
-    """The table for reading."""
-    memory = gpu_memory(gpu) / GIB
-    lines = [
-        f"| model | GPUs | repair of all blocks | GiB a GPU (of {memory:.0f}) | GiB a host | GiB on disk | hours |",
-        "| --- | --: | --- | --: | --: | --: | --: |",
-    ]
-    for row in rows:
-        sizes = [f"{row[f'{place}_bytes'] / GIB:.0f}" for place in ("device", "host", "disk")]
-        hours = f"{row['seconds'] / 3600:.1f}" if row["fits"] else "does not fit"
-        lines.append(f"| {row['model']} | {row['gpus']} | {row['repair']} | {' | '.join(sizes)} | {hours} |")
-    return "\n".join(lines)
+    return {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN,
+            "rows": rows}  # fmt: skip
 
 
 def words(budget: Budget, processes: int, gpu: str | None) -> str:

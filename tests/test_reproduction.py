@@ -1,5 +1,6 @@
 """The chain of stages that `make reproduce-*` runs, with a recording stub in place of Python; checks before it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from spd.budget import Budget, Job, markdown, reckoned, repair, table
+from spd.budget import Budget, Job, reckoned, repair, table
 from spd.config import SHAPES
 from spd.experiment import read_experiment
 from spd.preflight import Needs, missing
 from spd.recipes import Options
+from spd.report import load_records, tables
+from spd.report.tables import embed
 from spd.shape_only import write_shape_only
 
 ROOT = Path(__file__).parent.parent
@@ -198,8 +201,15 @@ def test_reckoning_for_a_command():
     assert reckoned("plan", {}, 1, "a100") == "reckoned, not measured: next to nothing"
 
 
-def test_the_readme_s_table_is_the_reckoned_one():
-    assert markdown(table()) in (ROOT / "README.md").read_text()
+def test_the_committed_table_is_the_reckoned_one():
+    record = load_records([ROOT / "experiments/records/budget"])[-1]
+    assert record["result"] == json.loads(json.dumps(table()))
+
+
+@pytest.mark.parametrize("name", ["ablation", "budget"])
+def test_the_readme_s_tables_are_those_of_the_committed_records(name):
+    page, found = (ROOT / "README.md").read_text(), tables(load_records([ROOT / "experiments/records" / name]))
+    assert embed(page, found) == page
 
 
 # Before anything long

@@ -78,14 +78,11 @@ def budget(
     out: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
     records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
-    """Memory and time of repairing LLaMA2 7B, 13B and 70B, reckoned and not measured; the table is on stderr.
+    """Memory and time of repairing LLaMA2 7B, 13B and 70B, reckoned and not measured; 'report' makes the table.
 
     For another model or other options: spd --dry-run PROCESSES distill ...
     """
-    from spd.budget import markdown, table
-    from spd.launch import say
+    from spd.budget import table
 
     with open_session(context) as session:
-        rows = table(gpu)
-        say(markdown(rows, gpu))
-        session.publish({"gpu": gpu, "rows": rows})
+        session.publish(table(gpu))
