@@ -26,7 +26,7 @@ def variants(paper: dict, seed: int = 0) -> dict[str, Options]:
     """
     best, closed_form = (Options.of(recipe, seed=seed) for recipe in ("best", "closed-form"))
     b2b = Options.of("paper", "b2b", **paper, seed=seed)
-    nothing = ClosedForm(correct=False, place=False, refit=False, refit_attention=False)
+    nothing = ClosedForm(centre=False, correct=False, place=False, refit=False, refit_attention=False)
 
     def steps(**taken: bool) -> Options:
         return replace(closed_form, closed_form=replace(nothing, **taken))
@@ -40,7 +40,9 @@ def variants(paper: dict, seed: int = 0) -> dict[str, Options]:
         "down projections refitted": steps(refit=True),
         "placed + refitted": steps(place=True, refit=True),
         "... + attention outputs refitted": steps(place=True, refit=True, refit_attention=True),
-        "closed-form: ... + inputs corrected": closed_form,
+        "... + inputs corrected": steps(place=True, refit=True, refit_attention=True, correct=True),
+        "heads centred": steps(centre=True),
+        "closed-form: all five": closed_form,
         "closed-form + each block distilled": replace(best, joint=None, generated=0),
         "... + all blocks together": replace(best, generated=0),
         "best: ... + the model's own text": best,

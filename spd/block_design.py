@@ -10,11 +10,12 @@ bias before      every shard adds the bias, so that the sum holds it tp times
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spd.comm import Shards, Stream
+from spd.centre import centre_heads
+from spd.comm import Stream
 from spd.evaluate import batches, perplexity
-from spd.model import Attention, Context, Transformer
+from spd.model import Context, Transformer
 from spd.plan import DROP, Plan, Policy
 
 FOR_MEANS = 16  # windows
@@ -61,43 +62,27 @@ class BiasBefore(_Altered):
 
 
 @torch.no_grad()
-def centre_values(model: Transformer, tokens: Tensor) -> None:
-    """Gives a model without attention biases ones that leave it the function it was, in place.
+def centre_model(model: Transformer, tokens: Tensor) -> None:
+    """Gives a model attention biases that leave it the function it was (`spd.centre`), in place.
 
-    The values' mean over windows (W, T) is taken from them by a bias; since attention weights sum to one, every head's
-    output misses just that mean, and the output projection's bias gives it back.
+    The means are those over windows (W, T), of the model under its plan.
     """
-    totals = [torch.zeros(()) for _ in model.blocks]
+    totals = [0.0] * len(model.blocks)
     for batch in batches(tokens):
         stream = model.embed(batch.to(model.embedding.weight.device))
         context = model.context(stream)
         for i, block in enumerate(model.blocks):
-            values = block.attention.qkv(block.attention_norm(stream.read()))[..., _value_rows(block.attention)]
-            totals[i] = totals[i].to(values) + values.sum((1, 2))
+            totals[i] += block.attention.mix(block.attention_norm(stream.read()), context, i).sum((1, 2))
             stream = model.run_block(i, stream, model.plan.blocks[i], context)
     for block, total in zip(model.blocks, totals, strict=True):
-        _give_bias(block.attention, total / tokens.numel(), model.shards)
-
-
-def _value_rows(attention: Attention) -> slice:
-    return slice((attention.h + attention.g) * attention.head_dim, None)
-
-
-def _give_bias(attention: Attention, mean: Tensor, shards: Shards) -> None:
-    """`mean` (S, g d) is taken from the values and, through the output projection, given back to the sum."""
-    bias = torch.zeros(attention.qkv.weight.shape[:2]).to(mean)
-    bias[:, _value_rows(attention)] = -mean
-    heads = mean.unflatten(-1, (attention.g, -1)).repeat_interleave(attention.h // attention.g, 1).flatten(1)
-    part = torch.einsum("sdi,si->d", attention.out.weight, heads)
-    attention.qkv.bias = nn.Parameter(bias, requires_grad=False)
-    attention.out.bias = nn.Parameter(shards.all_reduce(part, "bias"), requires_grad=False)
+        centre_heads(block.attention, total / tokens.numel(), model.shards)
 
 
 @torch.no_grad()
 def block_designs(model: Transformer, plan: Plan, tokens: Tensor) -> dict[str, list[dict]]:
     """Table 1: perplexities of windows (W, T) with every sync point kept and, under `plan`, for each design.
 
-    A model without biases is given some (`centre_values`, on the first windows), in place.
+    A model without biases is given some (`centre_model`, on the first windows), in place.
 
     Returns:
         Rows of `design`, `perplexity` and `nats`: `residual`, of the model as it is, and `bias`, with its biases.
@@ -112,6 +97,6 @@ def block_designs(model: Transformer, plan: Plan, tokens: Tensor) -> dict[str, l
     residual = [score("no SPD", full), score("residual before", plan), score("residual after", plan, ResidualAfter)]
     model.plan = full
     if model.blocks[0].attention.out.bias is None:
-        centre_values(model, tokens[:FOR_MEANS])
+        centre_model(model, tokens[:FOR_MEANS])
     bias = [score("no SPD", full), score("bias before", plan, BiasBefore), score("bias after", plan)]
     return {"residual": residual, "bias": bias}

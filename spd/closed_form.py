@@ -1,8 +1,9 @@
 """Repair of dropped blocks without training: heads and neurons moved, projections refitted by least squares.
 
 A block that drops its attention sync gives its MLP on shard i the input `x + y_i` in place of `x + sum_j y_j`.
-Three things mend most of that, none of which needs a gradient:
+Four things mend most of that, none of which needs a gradient:
 
+centre   what the heads gather on average is given to all shards by a bias (`centre.py`);
 correct  each shard's gate and up projections get the matrix that best predicts, from the normalised input the shard
          sees, the normalised input it should see;
 place    each neuron goes to the shard whose (corrected) input serves it best;
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spd.assignment import balanced_assignment
+from spd.centre import centre_heads
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
@@ -43,6 +45,7 @@ DROPPED, KEPT = (DROP, FULL), (FULL, FULL)
 class Options:
     """Which steps are taken, and their limits."""
 
+    centre: bool = True
     correct: bool = True
     place: bool = True
     refit: bool = True
@@ -136,12 +139,14 @@ def repair_block(
     """Repairs one block for a dropped attention sync, in place; every process ends with the same decision.
 
     A repair that would end worse than the block as it was, or not finite, is undone, with the caller's copy `saved`
-    of its parameters where there is one.
+    of its parameters where there is one (with biases, if options ask for centring: `Attention.add_biases`).
 
     Returns:
         `error_before`, `error_after` (mean squared error of the block's output on all the calibration data),
         `steps` (name and error after it of every step taken) and `kept` (False: undone).
     """
+    if options.centre:
+        site.block.attention.add_biases()
     saved = copy.deepcopy(site.block.state_dict()) if saved is None else saved
     before, steps = output_error(site, data), {}
     if math.isfinite(before):
@@ -158,6 +163,9 @@ def _steps(site: Site, data: Calibration, options: Options) -> Iterator[tuple[st
     block = site.block
     if options.search_heads and search_heads(site, data, options.search_tokens):
         yield "heads", output_error(site, data)
+    if options.centre:
+        centre(site, data)
+        yield "centre", output_error(site, data)
     if options.remember_heads:
         data = data.remember_heads(site)
     as_it_is = Original(block, block.mlp.gate_up.weight, block.attention.out.weight)
@@ -222,6 +230,19 @@ def _features(site: Site, batch: Batch, attention: bool = False) -> tuple[Tensor
 def _missing(site: Site, batch: Batch, stream: Stream) -> Tensor:
     """What the block's output (B, T, D) lacks of its target."""
     return batch.target - stream.x - _all_reduced(site, stream.pending)
+
+
+# Centring
+
+
+@torch.no_grad()
+def centre(site: Site, data: Calibration) -> None:
+    """Gives the mean of what the heads gather to all shards by the attention's biases, in place."""
+    total, tokens = 0.0, 0
+    for batch in data.batches(site):
+        total = total + batch.mixed.sum((1, 2), dtype=torch.double)
+        tokens += batch.mixed.shape[1] * batch.mixed.shape[2]
+    centre_heads(site.block.attention, total / tokens, site.shards)
 
 
 # Correcting

@@ -109,6 +109,9 @@ class _Run:
         self.transformer = model.transformer
         self.plan = Plan.from_policies(document["policies"])
         self.blocks = repaired_blocks(document)
+        if options.closed_form and options.closed_form.centre:
+            for i in self.blocks:
+                self.transformer.blocks[i].attention.add_biases()
         self.kept = split(len(tokens))
         self.held_out = tokens[self.kept :]
         self.scores = self._scores()

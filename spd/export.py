@@ -8,6 +8,7 @@ fitted to the partial inputs that shards see without the sync.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,10 +27,17 @@ COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "gene
 
 
 def exported_config(model: Transformer) -> ModelConfig:
-    """The model's shape; where shards' copies of a key/value head have come to differ, each becomes a head."""
+    """The model's shape; where shards' copies of a key/value head have come to differ, each becomes a head.
+
+    Where a repair gave attention biases to some blocks, all get them, in place: of zero.
+    """
     config, tp = model.config, model.shards.tp
+    if any(block.attention.out.bias is not None for block in model.blocks):
+        config = replace(config, attention_bias=True)
+        for block in model.blocks:
+            block.attention.add_biases()
     if tp > config.num_kv_heads and not all(_copies_agree(model, i) for i in range(config.num_blocks)):
-        return ModelConfig(**{**vars(config), "num_kv_heads": tp})
+        return replace(config, num_kv_heads=tp)
     return config
 
 
@@ -97,7 +105,8 @@ def export(model: SPDModel, source: str | Path, folder: Path, leads: bool = True
 def _copy_descriptions(source: Path, target: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     description = json.loads((source / "config.json").read_text())
     description.pop("torch_dtype", None)
-    description |= {"num_key_value_heads": config.num_kv_heads, "dtype": str(dtype).removeprefix("torch.")}
+    description |= {"num_key_value_heads": config.num_kv_heads, "attention_bias": config.attention_bias}
+    description["dtype"] = str(dtype).removeprefix("torch.")
     write_json(target / "config.json", description)
     for pattern in COPIED:
         for file in source.glob(pattern):

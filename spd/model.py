@@ -152,6 +152,13 @@ class Attention(nn.Module):
         self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
         self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
 
+    def add_biases(self) -> None:
+        """Biases of zero where there are none: the same function."""
+        if self.qkv.bias is None:
+            self.qkv.bias = nn.Parameter(self.qkv.weight.new_zeros(self.qkv.weight.shape[:2]), requires_grad=False)
+        if self.out.bias is None:
+            self.out.bias = nn.Parameter(self.out.weight.new_zeros(self.out.weight.shape[1]), requires_grad=False)
+
     def project(self, x: Tensor, context: "Context") -> tuple[Tensor, Tensor, Tensor]:
         """Queries (S, B, h, T, d), keys and values (S, B, g, T, d), after the rotary embedding."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)

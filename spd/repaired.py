@@ -5,6 +5,7 @@ its own: (tp, ...). The layout does not depend on the number of processes.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Container
 from pathlib import Path
@@ -51,12 +52,15 @@ def load_changed(model: Transformer, path: Path, blocks: Container[int] | None =
     Raises:
         SPDError: an unreadable file, or tensors that this model and tp do not have.
     """
-    parameters, shards = dict(model.named_parameters()), model.shards
+    shards = model.shards
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if blocks is not None and int(name.split(".")[1]) not in blocks:
-                    continue
+            names = [name for name in file.keys() if blocks is None or int(name.split(".")[1]) in blocks]  # noqa: SIM118
+            for name in names:
+                if re.fullmatch(r"blocks\.\d+\.attention\.(qkv|out)\.bias", name):  # a repair may have added them
+                    model.blocks[int(name.split(".")[1])].attention.add_biases()
+            parameters = dict(model.named_parameters())
+            for name in names:
                 part = file.get_slice(name)
                 target = parameters.get(name)
                 sharded = target is not None and model.is_sharded(name)

@@ -8,7 +8,7 @@ import torch
 from conftest import VARIANTS, random_model, with_tokenizer
 
 from spd.ablation import FULL, ZERO_SHOT, ablate, variants
-from spd.block_design import BiasBefore, ResidualAfter, block_designs, centre_values
+from spd.block_design import BiasBefore, ResidualAfter, block_designs, centre_model
 from spd.cli import main
 from spd.errors import SPDError
 from spd.evaluate import perplexity
@@ -53,7 +53,7 @@ def test_centred_values_and_their_biases_are_the_same_function(folder):
     model = load(folder).transformer
     before = model(TOKENS)
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    centre_values(model, TOKENS)
+    centre_model(model, TOKENS)
     torch.testing.assert_close(model(TOKENS), before, atol=2e-5, rtol=1e-5)
     added = {name: p for name, p in model.named_parameters() if name not in weights}
     assert len(added) == 2 * len(model.blocks) and all(p.abs().max() > 1e-3 for p in added.values())
@@ -61,7 +61,7 @@ def test_centred_values_and_their_biases_are_the_same_function(folder):
 
 def test_designs_are_the_papers_where_nothing_is_dropped(folder):
     model = load(folder).transformer
-    centre_values(model, TOKENS)
+    centre_model(model, TOKENS)
     expected = perplexity(model, TOKENS)["perplexity"]
     for altered in (ResidualAfter, BiasBefore):
         assert perplexity(altered(model), TOKENS)["perplexity"] == pytest.approx(expected, rel=1e-6)

@@ -276,10 +276,18 @@ def test_a_folder_for_another_tp_or_with_damaged_weights_is_refused(folder, tmp_
 # ---------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize(("tp", "key_value_heads"), [(4, 4), (8, 8)])
-def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_value_heads):
-    """At tp=8 the shards' copies of the 4 key/value heads have been trained apart: each becomes a head."""
-    repair(folder, tmp_path / "repair", Options.of("paper", "b2b", epochs=1, learning_rate=1e-3), tp=tp)
+B2B = Options.of("paper", "b2b", epochs=1, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tp", "key_value_heads", "options"), [(4, 4, B2B), (8, 8, B2B), (4, 4, DEFAULTS["closed-form"])]
+)
+def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_value_heads, options):
+    """At tp=8 the shards' copies of the 4 key/value heads have been trained apart: each becomes a head.
+
+    The closed form gives the repaired blocks attention biases, which the exported ones all have.
+    """
+    repair(folder, tmp_path / "repair", options, tp=tp)
     model = SPDModel.from_pretrained(folder, tp)
     model.load_plan(tmp_path / "repair")
     result = export(model, folder, tmp_path / "exported")
@@ -287,6 +295,7 @@ def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_v
     assert perplexity_with(tmp_path / "exported", tmp_path / "exported", tp=tp) == pytest.approx(expected, rel=1e-5)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert hf.config.num_key_value_heads == key_value_heads
+    assert hf.config.attention_bias == (options is not B2B)
     model.plan = Plan.full(3)
     with torch.no_grad():
         torch.testing.assert_close(hf(TOKENS).logits, model.transformer(TOKENS), rtol=1e-4, atol=1e-4)
