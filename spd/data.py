@@ -38,6 +38,11 @@ class Windows:
         }
 
 
+def digest_of(tokens: torch.Tensor) -> str:
+    """A short name for the content of windows."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
 def read_windows(
     text: str,
     tokenizer: PreTrainedTokenizerBase,

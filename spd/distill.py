@@ -5,7 +5,6 @@ to be repaired it learns to give, under the plan, what the original block gave. 
 states; `best` feeds it what the blocks repaired before it give, and trains all of them together at the end.
 """
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spd.closed_form import Calibration, Site, repair_block
+from spd.data import digest_of
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.grouping import group_heads
@@ -93,8 +93,7 @@ def distill(
 
 def arguments_of(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
     """What makes two runs the same."""
-    data = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-    same = {"model": model.fingerprint, "tp": model.tp, "data": data, "policies": document["policies"]}
+    same = {"model": model.fingerprint, "tp": model.tp, "data": digest_of(tokens), "policies": document["policies"]}
     return same | {"classes": document.get("classes")} | asdict(options)
 
 

@@ -1,5 +1,6 @@
 """What every command does around its work: load, show progress, and publish one result."""
 
+import hashlib
 import json
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from spd.plan import Plan, parse_blocks, read_plan_document
 from spd.pretrained import SPDModel
 from spd.progress import bar
 
+NOT_NUMBERS = ("out", "records", "reproduction", "mlflow", "repairs", "batch_size")  # options that change no result
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
 
 
@@ -111,6 +113,11 @@ class Session:
         """Of a command with `--plan` given; not every one has `--drop`."""
         if any(getattr(self.options, name, None) is not None for name in ("drop", "drop_mlp")):
             raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
+
+    def digest(self, *things: Any, apart: tuple[str, ...] = ()) -> str:
+        """A name for what a result depends on: these things and the options, but for some and for where results go."""
+        options = {k: v for k, v in vars(self.options).items() if k not in (*NOT_NUMBERS, *apart)}
+        return hashlib.sha256(json.dumps([options, things], default=str, sort_keys=True).encode()).hexdigest()[:12]
 
     def progress(self, total: int, unit: str):
         return bar(total, unit, shown=self.runtime.leads)

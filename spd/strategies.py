@@ -16,6 +16,7 @@ from spd.planner import make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
 from spd.progress import bar
 from spd.recipes import Options, total_steps
+from spd.track import write_json
 
 ZERO_SHOT = "zs"
 # The paper's strategies, by class: how blocks of it are repaired before they drop (`spd.recipes.STRATEGIES`).
@@ -35,6 +36,33 @@ class Repairs:
     options: dict[str, Options]  # by recipe, or by strategy of the paper's
     leads: bool = True  # whether this process writes
     bar: Callable = bar  # for each repair
+
+
+class Points:
+    """The points of a curve done so far, kept in a file after each, where there is one: an interrupted sweep goes on.
+
+    Every process reads before any point is computed, the leading one writes.
+    """
+
+    def __init__(self, path: Path | None = None, leads: bool = True):
+        """`path` must be named by all that the points depend on. Raises SPDError where it holds something else."""
+        self.path, self.leads, self._found = path, leads, {}
+        if path is not None and path.exists():
+            try:
+                self._found = {(point["strategy"], point["blocks"]): point for point in json.loads(path.read_text())}
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise SPDError(f"The points in {path} cannot be read ({error}); remove it to start anew.") from error
+
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        return key in self._found
+
+    def __getitem__(self, key: tuple[str, int]) -> dict:
+        return self._found[key]
+
+    def add(self, point: dict) -> None:
+        self._found[point["strategy"], point["blocks"]] = point
+        if self.path is not None and self.leads:
+            write_json(self.path, list(self._found.values()))
 
 
 def parse_strategies(spec: str) -> list[str]:
@@ -62,6 +90,7 @@ def curve(
     repairs: Repairs | None,
     scores: Callable[[SPDModel], dict] | None = None,
     progress: Callable[[int], None] = lambda n: None,
+    done: Points | None = None,
 ) -> list[dict]:
     """Points of every strategy: `strategy`, `blocks`, `percent`, `perplexity`, `nats`, `plan`, and `scores`' keys.
 
@@ -71,19 +100,21 @@ def curve(
         repairs: needed for every strategy but `zs`.
         scores: asked about each point's model, for more than perplexity.
         progress: told of each point done.
+        done: points of an earlier run, which are not computed again; those of this one are added.
     """
-    plans = plans_by_percentage(sensitivity, percentages)
-    points = []
+    plans, done = plans_by_percentage(sensitivity, percentages), Points() if done is None else done
     for strategy in strategies:
-        for blocks, model in _models(load, strategy, plans, sensitivity, repairs):
+        missing = {blocks: plan for blocks, plan in plans.items() if (strategy, blocks) not in done}
+        progress(len(plans) - len(missing))
+        for blocks, model in _models(load, strategy, missing, sensitivity, repairs) if missing else ():
             found = perplexity(model.transformer, evaluation)
             percent = 100 * blocks / len(sensitivity)
-            points.append({"strategy": strategy, "blocks": blocks, "percent": percent, "plan": str(model.plan),
-                           "perplexity": found["perplexity"], "nats": found["nats"],
-                           **(scores(model) if scores else {})})  # fmt: skip
+            done.add({"strategy": strategy, "blocks": blocks, "percent": percent, "plan": str(model.plan),
+                      "perplexity": found["perplexity"], "nats": found["nats"],
+                      **(scores(model) if scores else {})})  # fmt: skip
             del model  # before the next one is read, lest there be two in memory
             progress(1)
-    return points
+    return [done[strategy, blocks] for strategy in strategies for blocks in plans]
 
 
 def _models(load, strategy: str, plans: dict, sensitivity: list[float], repairs) -> Iterator[tuple[int, SPDModel]]:

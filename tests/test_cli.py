@@ -319,8 +319,14 @@ def test_sweep_of_strategies(spd, common):
     curve = {(p["strategy"], p["blocks"]): p["perplexity"] for p in result["curve"]}
     assert len({curve[name, 0] for name in ("zs", "b2b", "closed-form")}) == 1
     assert len({curve[name, 3] for name in ("zs", "b2b", "closed-form")}) > 1  # a repair that ends worse is undone
-    assert sorted(path.name[:-9] for path in Path("repairs").iterdir()) == ["b2b-ESB", "closed-form-3"]
-    assert spd("sweep", "s.json", *common, *options)[1]["curve"] == result["curve"]
+    folders = [path.name[:-9] for path in Path("repairs").iterdir() if path.is_dir()]
+    assert sorted(folders) == ["b2b-ESB", "closed-form-3"]
+    (points,) = Path("repairs").glob("points-*.json")
+    kept = json.loads(points.read_text())
+    points.write_text(json.dumps([kept[0] | {"perplexity": 1.5}, *kept[2:]]))  # as if stopped, and one point marked
+    again = spd("sweep", "s.json", *common, *options)[1]["curve"]
+    assert again[0]["perplexity"] == 1.5 and again[1:] == result["curve"][1:]  # one computed anew, the others read
+    assert spd("sweep", "s.json", *common, *options, "--seq-len", 8)[1]["curve"][0]["perplexity"] != 1.5
     code, _, err = spd(
         "sweep", "s.json", *common, *options[:-8], "--skip", 5, "--strategies", "b2b", "--calibration", 9
     )
