@@ -173,7 +173,8 @@ $(RUN)/sweep.json: $(RUN)/sensitivity.json $(RUN)/asked-sweep $(REDONE)
 	  $(SWEEP) --repairs $(RUN)/repairs --out $@,$(WORLD))
 
 $(RUN)/table1.json: $(RUN)/asked-table1 $(REDONE) | $(READS)
-	$(call run,other block designs,$(call launch,$(NPROC),29506),table1 $(STAGE) $(ON) --out $@,$(WORLD))
+	$(call run,other block designs,$(call launch,$(NPROC),29506),table1 $(STAGE) $(ON) \
+	  $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)") --out $@,$(WORLD))
 
 # A repair goes on in its folder, unless something else was asked for or planned when it began.
 $(RUN)/repaired/result.json: $(RUN)/plan.json $(RUN)/asked-distill $(REDONE)

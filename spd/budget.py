@@ -202,6 +202,8 @@ def reckon(command: str, options: Mapping[str, Any], job: Job) -> Budget:
         return sensitivity(job, windows, dtype)
     if command == "eval":
         return evaluation(job, windows, dtype)
+    if command == "table1":  # six models, one after the other
+        return evaluation(job, 6 * windows, dtype)
     if command == "distill":
         recipe = Recipe.of(options["recipe"], options["strategy"], options["epochs"], None, None, None, None)
         return repair(job, windows, job.config.num_blocks, recipe)

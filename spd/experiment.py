@@ -68,6 +68,8 @@ class EvaluationSection(_Section):
 
 
 class Table1Section(_Section):
+    text: str | None = None
+    dtype: str | None = None
     drop: str | None = Field(None, description="blocks, as in `0` (the paper's) or `all`")
     windows: int | None = Field(None, ge=1)
 
@@ -111,7 +113,8 @@ class Experiment(_Section):
 
     def texts(self) -> list[str]:
         """Those that any of its commands reads."""
-        return [t for t in (self.common.text, self.sweep.text, self.sweep.calibration_text, self.distill.text) if t]
+        sections = (self.common, self.distill, self.table1, self.sweep)
+        return [text for text in (*(section.text for section in sections), self.sweep.calibration_text) if text]
 
     def defaults(self, command: str, options: set[str]) -> dict[str, Any]:
         """Defaults of a command's options, its own section before the common one."""

@@ -108,7 +108,7 @@ def test_the_paper_s_degrees_and_the_processes_they_have(chain):
     assert "--model models/seven --device cuda" in sweep and "--calibration-text a.txt --skip 128" in sweep
     calls = chain.make("reproduce-7b", "NPROC=8", "TEXT=a.txt", "EVAL_TEXT=b.txt", "STRATEGIES=best")
     launched = [re.match(r"-m torch.distributed.run --standalone --nproc-per-node (\d)", c) for c in calls]
-    assert [m[1] for m in launched if m] == ["8"] * 4 + ["4"] * 4, "never more processes than shards"
+    assert [m[1] for m in launched if m] == ["8"] * 5 + ["4"] * 5, "never more processes than shards"
     assert "--calibration-text a.txt --text b.txt --strategies best" in next(c for c in calls if " sweep " in c)
 
 

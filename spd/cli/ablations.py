@@ -11,6 +11,7 @@ from spd.cli.options import (
     Calibration,
     Device,
     Drop,
+    Dtype,
     MLflow,
     Model,
     Out,
@@ -56,8 +57,8 @@ def ablate(
 @app.command("table1")
 def table1_(
     context: typer.Context, model: Model, tp: TP = 1, text: Text = None, seq_len: SeqLen = None,
-    windows: Windows = None, skip: Skip = 0, drop: Drop = "0", device: Device = "cpu", seed: Seed = 0,
-    out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+    windows: Windows = None, skip: Skip = 0, drop: Drop = "0", dtype: Dtype = "float32", device: Device = "cpu",
+    seed: Seed = 0, out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """The paper's table 1: where an SPD block adds residual and bias, before the all-reduce or after it.
 
