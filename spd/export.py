@@ -20,7 +20,7 @@ from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.model import Transformer
 from spd.pretrained import SPDModel, describe, resolve
-from spd.repaired import block_parameters
+from spd.repair.repaired import block_parameters
 from spd.track import write_json
 
 COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")

@@ -16,7 +16,7 @@ from spd.errors import SPDError
 from spd.generate import Sampling, generate
 from spd.model import Transformer
 from spd.plan import Plan, plan_file, read_plan_document
-from spd.repaired import load_changed
+from spd.repair.repaired import load_changed
 from spd.shape_only import mark_of, name_of
 from spd.tiny import MODEL_DIR
 

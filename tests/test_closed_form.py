@@ -9,8 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from spd.assignment import balanced_assignment
-from spd.closed_form import (
+from spd.comm import Shards, Stream
+from spd.config import ModelConfig
+from spd.data import read_windows
+from spd.errors import SPDError
+from spd.evaluate import perplexity
+from spd.model import Transformer
+from spd.plan import DROP, FULL, Plan
+from spd.pretrained import SPDModel, build
+from spd.repair.assignment import balanced_assignment
+from spd.repair.closed_form import (
     Calibration,
     Options,
     Site,
@@ -22,16 +30,8 @@ from spd.closed_form import (
     repair_model,
     search_heads,
 )
-from spd.comm import Shards, Stream
-from spd.config import ModelConfig
-from spd.data import read_windows
-from spd.errors import SPDError
-from spd.evaluate import perplexity
-from spd.least_squares import Moments, Rows, best_ridge
-from spd.model import Transformer
-from spd.permute import permute_heads, permute_neurons
-from spd.plan import DROP, FULL, Plan
-from spd.pretrained import SPDModel, build
+from spd.repair.least_squares import Moments, Rows, best_ridge
+from spd.repair.permute import permute_heads, permute_neurons
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SHAPE = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_blocks=2, num_heads=4, num_kv_heads=4,
@@ -293,7 +293,7 @@ def test_a_repair_that_ends_worse_or_not_finite_is_undone(monkeypatch):
     site, data = _first_block(_model())
     before = _copy(site.block)
     monkeypatch.setattr(
-        "spd.closed_form.apply_corrections", lambda block, *_: block.mlp.gate_up.weight.fill_(torch.nan)
+        "spd.repair.closed_form.apply_corrections", lambda block, *_: block.mlp.gate_up.weight.fill_(torch.nan)
     )
     report = repair_block(site, data, Options(place=False, refit=False))
     assert not report["kept"] and report["error_after"] == report["error_before"]

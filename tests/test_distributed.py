@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
-from spd.bench import BenchSettings, bench
 from spd.comm import Replicas
 from spd.data import read_windows
-from spd.distill import distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
-from spd.recipes import Options
+from spd.repair.distill import distill
+from spd.repair.recipes import Options
 from spd.sensitivity import sensitivity
+from spd.timing.bench import BenchSettings, bench
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from spd.calibration import Calibration, fit, observations_of, over_link, profile, read_calibration, worst
 from spd.comm import Link
 from spd.config import SHAPES
-from spd.decode_check import decode_check, observations
 from spd.errors import SPDError
-from spd.latency import Prediction, Setting, predict, syncs_at
-from spd.machines import (
+from spd.plan import Plan
+from spd.report import report, tables
+from spd.timing.calibration import Calibration, fit, observations_of, over_link, profile, read_calibration, worst
+from spd.timing.decode_check import decode_check, observations
+from spd.timing.latency import Prediction, Setting, predict, syncs_at
+from spd.timing.machines import (
     TABLE_MODELS,
     Costs,
     FittedAllReduce,
@@ -27,7 +29,7 @@ from spd.machines import (
     measured_all_reduce,
     read_profile,
 )
-from spd.paper import (
+from spd.timing.paper import (
     claims,
     figure2,
     figure7,
@@ -38,11 +40,9 @@ from spd.paper import (
     reference,
     stated_link,
 )
-from spd.plan import Plan
-from spd.predict import ask
-from spd.report import report, tables
+from spd.timing.predict import ask
+from spd.timing.work import Pass
 from spd.track import make_record, write_record
-from spd.work import Pass
 
 TEN_GIGABYTES = Link.parse("10GBps,20us")
 COSTS = Costs(2e-5, 1e-11, 1e-10, 3e-11, 2e-10)  # round numbers, as of a slow CPU

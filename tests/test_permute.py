@@ -11,9 +11,9 @@ from spd.comm import Shards
 from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.model import Transformer
-from spd.permute import permute_heads, permute_neurons
 from spd.plan import Plan
 from spd.pretrained import build
+from spd.repair.permute import permute_heads, permute_neurons
 
 CONFIG = ModelConfig(
     vocab_size=50, hidden_size=32, intermediate_size=24, num_blocks=2, num_heads=8, num_kv_heads=4, head_dim=4,

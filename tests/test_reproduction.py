@@ -12,7 +12,7 @@ from spd.budget import Budget, Job, reckoned, repair, table
 from spd.config import SHAPES
 from spd.experiment import read_experiment
 from spd.preflight import Needs, missing
-from spd.recipes import Options
+from spd.repair.recipes import Options
 from spd.report import load_records, tables
 from spd.report.tables import embed
 from spd.shape_only import write_shape_only

@@ -38,9 +38,9 @@ def ablate(
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """What each step of a repair gives: the recipes taken apart, on text that they have not seen."""
-    from spd.ablation import ablate as compare
-    from spd.ablation import variants
     from spd.plan import Plan, parse_blocks
+    from spd.repair.ablation import ablate as compare
+    from spd.repair.ablation import variants
 
     compared = variants({"epochs": epochs, "learning_rate": learning_rate}, seed)
     with open_session(context) as session:

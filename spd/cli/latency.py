@@ -58,7 +58,7 @@ def bench(
 
     Beside them stand three bounds: everything full, every attention sync dropped, no communication at all.
     """
-    from spd.bench import BenchSettings, plans_to_time, run
+    from spd.timing.bench import BenchSettings, plans_to_time, run
 
     with open_session(context) as session:
         letters, described = plans_to_time(model, shape, tp, plan or [], drop or [], sensitivity, numbers(percentages))
@@ -85,8 +85,8 @@ def bench_peers(
 
     On CPU. With several processes the peer is transformers' own tensor parallelism.
     """
-    from spd.peers import compare_all, degrees_of
     from spd.progress import bar
+    from spd.timing.peers import compare_all, degrees_of
 
     with open_session(context) as session:
         asked = shapes.split(","), dtypes.split(","), degrees_of(degrees)
@@ -121,8 +121,8 @@ def predict_(
 
     reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own.
     """
-    from spd.predict import ask
     from spd.pretrained import describe
+    from spd.timing.predict import ask
 
     with open_session(context) as session:
         result, config = ask(
@@ -142,7 +142,7 @@ def predict_paper_(
     Also the map of links where dropping pays, where the time goes, and the model checked against a decode benchmark
     made by others. 'report' draws the record.
     """
-    from spd.paper import predict_paper
+    from spd.timing.paper import predict_paper
 
     with open_session(context) as session:
         session.publish(predict_paper())
@@ -166,8 +166,8 @@ def profile(
 
     The records should differ in shape, prompt, batch and link; the errors on those to --check are in the result.
     """
-    from spd.calibration import profile as calibrate
     from spd.report import load_records
+    from spd.timing.calibration import profile as calibrate
 
     with open_session(context) as session:
         fitted, checked = (_benches(load_records(paths)) for paths in (bench_records, check or []))

@@ -150,7 +150,7 @@ def sweep(
     """
     from spd.data import digest_of
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.strategies import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
+    from spd.repair.strategies import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
 
     with open_session(context) as session:
         names, wanted, accuracy = parse_strategies(strategies), numbers(percentages), session.accuracy()

@@ -62,8 +62,8 @@ def distill(
     is held out: a repair that does worse on it is undone. Give the folder to eval, generate or bench as --plan.
     Interrupted, the same command goes on after the last finished block.
     """
-    from spd.distill import distill as repair
-    from spd.recipes import Options, total_steps
+    from spd.repair.distill import distill as repair
+    from spd.repair.recipes import Options, total_steps
 
     options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
     with open_session(context) as session:

@@ -17,9 +17,9 @@ import numpy as np
 
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.work import Operator, Pass, Work
+from spd.timing.work import Operator, Pass, Work
 
-PROFILES = Path(__file__).parent / "profiles"
+PROFILES = Path(__file__).parents[1] / "profiles"
 # Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
 # in size), one shard's gate and up projection for the head (it is replicated).
 STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}

@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spd.assignment import balanced_assignment
-from spd.centre import centre_heads
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.evaluate import batches
-from spd.least_squares import Coefficients, Moments, Rows, best_ridge, conjugate_gradients
 from spd.model import Block, Context, Transformer, shard_linear
-from spd.permute import permute_heads, permute_neurons
 from spd.plan import DROP, FULL, Plan
+from spd.repair.assignment import balanced_assignment
+from spd.repair.centre import centre_heads
+from spd.repair.least_squares import Coefficients, Moments, Rows, best_ridge, conjugate_gradients
+from spd.repair.permute import permute_heads, permute_neurons
 
 HELD_OUT = 10  # one window in so many chooses the ridge
 POINT = "calibration"  # the name of these all-reduces in the counts

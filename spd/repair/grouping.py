@@ -18,7 +18,7 @@ from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.model import Block, Context
-from spd.permute import permute_heads
+from spd.repair.permute import permute_heads
 
 EXACT_UNITS = 16  # up to here all groupings are searched: half a million steps at the most
 SCORES_AT_ONCE = 2**25  # attention scores held at a time, of all heads together

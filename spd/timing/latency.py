@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from spd.config import ModelConfig
 from spd.errors import SPDError
-from spd.machines import AllReduce, Machine
 from spd.plan import Plan
 from spd.planner import blocks_of
-from spd.work import Operator, Pass
+from spd.timing.machines import AllReduce, Machine
+from spd.timing.work import Operator, Pass
 
 
 @dataclass(frozen=True)

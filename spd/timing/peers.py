@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spd.bench import spread
 from spd.checkpoint import SINGLE, random_tensors
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
 from spd.pretrained import DTYPES, SPDModel
+from spd.timing.bench import spread
 from spd.track import hardware
 
 ENGINES = ("spd", "transformers")

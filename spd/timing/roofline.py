@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from spd.comm import Shards
 from spd.kernels import linear
-from spd.latency import Setting
-from spd.machines import Costs, FittedAllReduce, Machine
 from spd.model import Transformer
-from spd.work import Pass
+from spd.timing.latency import Setting
+from spd.timing.machines import Costs, FittedAllReduce, Machine
+from spd.timing.work import Pass
 
 # Bytes read to find the memory's rate, at most; smaller models are read whole, from caches if they fit there. A GPU
 # needs enough of them to hide what launching takes.

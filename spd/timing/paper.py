@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 from spd.comm import Link
 from spd.config import SHAPES
-from spd.decode_check import decode_check
 from spd.errors import SPDError
-from spd.latency import Prediction, Setting, parts_ms, syncs_at
-from spd.machines import AllReduce, Slower, gpu, measured_all_reduce, ring_bytes
 from spd.reference import reference
-from spd.work import Pass
+from spd.timing.decode_check import decode_check
+from spd.timing.latency import Prediction, Setting, parts_ms, syncs_at
+from spd.timing.machines import AllReduce, Slower, gpu, measured_all_reduce, ring_bytes
+from spd.timing.work import Pass
 
 GPU = "a100"
 LEAN = "lean"

@@ -15,10 +15,10 @@ from scipy.optimize import nnls
 from spd.comm import Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.latency import Setting
-from spd.machines import Both, Costs, FittedAllReduce, Machine, ring_bytes
 from spd.plan import Plan
-from spd.work import Pass, Work
+from spd.timing.latency import Setting
+from spd.timing.machines import Both, Costs, FittedAllReduce, Machine, ring_bytes
+from spd.timing.work import Pass, Work
 
 SCHEMA = 1
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

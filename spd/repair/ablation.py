@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spd.closed_form import Options as ClosedForm
-from spd.distill import distill
 from spd.evaluate import perplexity
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.progress import bar
-from spd.recipes import Options, total_steps
+from spd.repair.closed_form import Options as ClosedForm
+from spd.repair.distill import distill
+from spd.repair.recipes import Options, total_steps
 
 FULL = "every sync point kept"
 ZERO_SHOT = "zero-shot"

@@ -23,8 +23,8 @@ from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
 from spd.pretrained import SPDModel, describe, display_name, resolve
 from spd.progress import bar
-from spd.roofline import clock, described, floors, measure
-from spd.static import Compiled, Eager
+from spd.timing.roofline import clock, described, floors, measure
+from spd.timing.static import Compiled, Eager
 from spd.track import hardware
 
 BOUNDS = ("all_full", "all_attention_dropped", "no_communication")

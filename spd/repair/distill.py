@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd.closed_form import Calibration, Site, repair_block
 from spd.data import digest_of
 from spd.errors import SPDError
 from spd.evaluate import perplexity
-from spd.grouping import group_heads
 from spd.model import Transformer
 from spd.plan import Plan
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
-from spd.recipes import (
+from spd.repair.closed_form import Calibration, Site, repair_block
+from spd.repair.grouping import group_heads
+from spd.repair.recipes import (
     CLOSED_FORM,
     DISTILL,
     GROUP,
@@ -33,10 +33,10 @@ from spd.recipes import (
     repaired_blocks,
     split,
 )
-from spd.repaired import Workspace, block_parameters, changed_tensors
-from spd.sample import sample_windows
-from spd.streams import Activations, Batches, Passes
-from spd.training import Diverged, block_loss, train_block, train_jointly
+from spd.repair.repaired import Workspace, block_parameters, changed_tensors
+from spd.repair.sample import sample_windows
+from spd.repair.streams import Activations, Batches, Passes
+from spd.repair.training import Diverged, block_loss, train_block, train_jointly
 
 KEPT = "zero-shot"  # what a block whose repair failed is left as
 

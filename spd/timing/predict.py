@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from spd.calibration import over_link, read_calibration
 from spd.comm import Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.latency import Setting, predict
-from spd.machines import AllReduce, FittedAllReduce, Machine, gpu, measured_all_reduce
+from spd.timing.calibration import over_link, read_calibration
+from spd.timing.latency import Setting, predict
+from spd.timing.machines import AllReduce, FittedAllReduce, Machine, gpu, measured_all_reduce
 
 DEFAULT_GPU = "a100"
 COMPARED = ("percent", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spd.errors import SPDError
 from spd.model import Transformer
 from spd.plan import Policy
-from spd.streams import Activations
+from spd.repair.streams import Activations
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 CLIP_NORM = 1.0  # of all gradients together, where the schedule is ours and not the paper's

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from spd.closed_form import Options as ClosedForm
 from spd.errors import SPDError
 from spd.plan import DROP, FULL, Plan
-from spd.training import Schedule
+from spd.repair.closed_form import Options as ClosedForm
+from spd.repair.training import Schedule
 
 RECIPES = ("zs", "closed-form", "paper", "best")
 HELD_OUT = 10  # one window in so many is never trained on: the last ones

@@ -6,10 +6,10 @@ second of whole runs: prefill and decoding, divided by the new tokens (the sourc
 
 from collections.abc import Callable
 
-from spd.calibration import Calibration, Observation, errors, fit, worst
 from spd.config import SHAPES
-from spd.machines import read_profile, ring_bytes
-from spd.work import Pass
+from spd.timing.calibration import Calibration, Observation, errors, fit, worst
+from spd.timing.machines import read_profile, ring_bytes
+from spd.timing.work import Pass
 
 SHAPE, PROMPT, NEW = "llama3.1-70b", 1024, 512  # the source's script: 1024 tokens in, 512 out
 SPLITS: dict[str, Callable[[dict], bool]] = {  # which rows are predicted, not fitted
