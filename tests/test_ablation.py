@@ -127,7 +127,8 @@ def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch,
     assert found["ablation"].rows[1][subject] == printed["variants"][1]["perplexity"]
     assert found["table1"].rows[0]["model"] == "model, text, tp=2, 1 of 3 blocks"
     (tmp_path / "PAGE.md").write_text("before\n<!-- table ablation -->\nold\n<!-- end -->\nafter\n")
-    report(["runs"], "figures", tmp_path / "PAGE.md")
+    files = report(["runs"], "figures", tmp_path / "PAGE.md")["files"]
+    assert "figures/ablation.svg" in files and "figures/ablation.png" in files
     page = (tmp_path / "PAGE.md").read_text()
     assert "old" not in page and f"| repair | {subject} |" in page and page.endswith("<!-- end -->\nafter\n")
     assert embed(page, list(found.values())) == page

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.report.ablation import ablation_sheets
 from spd.report.accuracy import accuracy_sheets
 from spd.report.figures import Sheet, finish, render, sheets
 from spd.report.method_figures import method_sheets
@@ -52,7 +53,7 @@ def report(records: Iterable[Path | str], out: Path | str, page: Path | None = N
             "None of the records is of sensitivity, sweep, bench, tasks or a prediction: there is nothing to report."
         )
     drawn = sheets(single, combined) + accuracy_sheets(single) + method_sheets(loaded, single)
-    drawn += predicted_sheets(loaded)
+    drawn += ablation_sheets(loaded) + predicted_sheets(loaded)
     content = {out / f"{s.name}.{form}": render(s, form) for s in drawn for form in ("svg", "png")}
     content |= {out / f"{table.name}.csv": csv_of(table) for table in found}
     content[out / "tables.md"] = markdown(found).encode()

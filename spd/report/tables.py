@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError
-from spd.report.ablation_tables import ablation_tables
+from spd.report.ablation import ablation_tables
 from spd.report.accuracy import accuracy_tables
 from spd.report.budget_tables import budget_tables
 from spd.report.captions import perplexity_caption, rates_words, sensitivity_caption, ttft_caption

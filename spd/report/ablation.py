@@ -1,20 +1,56 @@
-"""Tables of what each step of a repair gives, and of the paper's table 1: records of `ablate` and `table1`."""
+"""What each step of a repair gives, and the paper's table 1: records of `ablate` and `table1`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from spd.report.figures import MARKERS, STRATEGY_COLOURS, Sheet, finish
 from spd.report.records import Record, model_key, number_in, value_in
 from spd.report.table import Table
 
 
 def ablation_tables(records: Sequence[Record]) -> list[Table]:
     """One table of all `ablate` records and one of all `table1` records; of one model, tp, text and plan the newest."""
-    found = []
-    for command, make in (("ablate", _ablation), ("table1", _table1)):
-        chosen = {_subject(r): r for r in records if r["command"] == command}
-        if chosen:
-            found.append(make(chosen))
-    return found
+    makers = {"ablate": _ablation, "table1": _table1}
+    return [make(chosen) for command, make in makers.items() if (chosen := _newest(records, command))]
+
+
+def ablation_sheets(records: Sequence[Record]) -> list[Sheet]:
+    """One figure of all `ablate` records."""
+    chosen = _newest(records, "ablate")
+    if not chosen:
+        return []
+    with sns.plotting_context("paper"), sns.axes_style("whitegrid"), mpl.rc_context({"svg.hashsalt": "spd"}):
+        table = _ablation(chosen)
+        caption = "Share of the loss that dropping adds (in nats) and that a repair takes back, on text that it has not"
+        caption += " seen; right is better, 100 % is the model with every sync point kept. " + _windows(chosen)
+        return [Sheet("ablation", "What each step of a repair gives", caption, table.records,
+                      _figure(table, list(chosen), caption))]  # fmt: skip
+
+
+def _figure(table: Table, subjects: list[str], caption: str) -> Figure:
+    rows = table.rows[1:]  # without the model whose sync points are all kept
+    figure = Figure(figsize=(8.2, 1.6 + 0.34 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    for i, subject in enumerate(subjects):
+        values = [row.get(f"{subject}: recovered %") for row in rows]
+        places = [place + 0.16 * (i - (len(subjects) - 1) / 2) for place in range(len(rows))]
+        colour, marker = STRATEGY_COLOURS[i % len(STRATEGY_COLOURS)], MARKERS[i % len(MARKERS)]
+        ax.plot(values, places, marker, color=colour, markersize=5, label=subject)
+    ax.axvline(0, color="0.25", linewidth=0.8)
+    ax.axvline(100, color="0.25", linewidth=0.8, linestyle="--")
+    ax.set(yticks=range(len(rows)), yticklabels=[row["repair"] for row in rows], xlabel="loss taken back (%)")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlim(left=max(ax.get_xlim()[0], -60), right=106)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    return finish(figure, caption)
+
+
+def _newest(records: Sequence[Record], command: str) -> dict[str, Record]:
+    return {_subject(r): r for r in records if r["command"] == command}
 
 
 def _subject(record: Record) -> str:
