@@ -390,7 +390,7 @@ def test_a_dry_run_computes_and_writes_nothing(spd, common, tmp_path):
 
 def test_the_reckoned_table_is_a_record(spd, tmp_path):
     code, result, err = spd("budget", "--gpu", "h200")
-    assert code == 0 and "| llama2-70b | 8 | closed-form |" in err
+    assert code == 0, err
     assert {row["model"] for row in result["rows"]} == {"llama2-7b", "llama2-13b", "llama2-70b"}
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
