@@ -18,11 +18,12 @@ def put(tmp_path):
     """Writes a synthetic record of a model of four blocks, each a second younger than the one before."""
     count = []
 
-    def write(command: str, result: dict, name: str = "synthetic", tp: int = 8, **model) -> None:
+    def write(command: str, result: dict, name: str = "synthetic", tp: int = 8, plan: str | None = None, **model):
         started = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(seconds=len(count))
         described = {"name": f"hub/{name}", "fingerprint": name, "blocks": 4, **model}
         data = {"text": "t.txt", "seq_len": 8, "windows": 1, "skip": 0}
-        record = make_record(command, {}, result, started=started, model=described, tp=tp, data=data, seconds=1.0)
+        record = make_record(command, {}, result, started=started, model=described, tp=tp, data=data, plan=plan,
+                             seconds=1.0)  # fmt: skip
         count.append(write_record(record | {"hardware": HARDWARE}, tmp_path / "runs"))
 
     return write
@@ -90,14 +91,16 @@ TABLE1 = {
 
 
 def test_table_1_is_read_from_its_record(put, tmp_path):
-    put("table1", TABLE1)
+    put("table1", TABLE1, plan="DF FF FF FF")
+    worse = [{"design": "residual before", "perplexity": 9.0}, {"design": "residual after", "perplexity": 900.0}]
+    put("table1", TABLE1 | {"residual": worse}, plan="DF DF DF DF")  # the paper drops the first block's alone
     row = _row(tmp_path, "but its output added after")
     assert row["status"] == "reproduced in kind" and "synthetic tp=8: 10" in row["ours"]
     assert "synthetic tp=8: 1.2" in _row(tmp_path, "OPT-6.7B: perplexity")["ours"]
 
 
 def test_it_is_written_with_the_count_of_each_status(put, tmp_path):
-    put("table1", TABLE1)
+    put("table1", TABLE1, plan="DF FF FF FF")
     result = write_ledger([tmp_path / "runs"], tmp_path / "L.md")
     text = (tmp_path / "L.md").read_text()
     assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind |" in text and "table1" in text

@@ -114,8 +114,12 @@ def mmlu_lost(sources: Sources, claim: Mapping) -> Finding:
 
 
 def table1(sources: Sources, claim: Mapping) -> Finding:
-    """Perplexity of a design (`design`) of `residual` or `bias` (`of`), named as the command `table1` does."""
-    record = next((r for r in reversed(sources.others) if r["command"] == "table1"), None)
+    """Perplexity of a design (`design`) of `residual` or `bias` (`of`), named as the command `table1` does.
+
+    Of records that drop the first block's sync alone, as the paper does.
+    """
+    found = (r for r in reversed(sources.others) if r["command"] == "table1")
+    record = next((r for r in found if r["plan"].split()[0] == "DF" and r["plan"].split().count("DF") == 1), None)
     rows = [] if record is None else record["result"][claim["of"]]
     return next(((row["perplexity"], record) for row in rows if row["design"] == claim["design"]), None)
 
