@@ -30,7 +30,7 @@ class Windows:
     def describe(self) -> dict:
         return {
             "text": self.text,
-            "fingerprint": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16],
+            "fingerprint": digest_of(self.tokens),
             "seq_len": self.tokens.shape[1],
             "windows": self.tokens.shape[0],
             "skip": self.skip,

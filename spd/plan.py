@@ -24,6 +24,7 @@ class Policy:
 
 FULL = Policy("full", "F")
 DROP = Policy("drop", "D")
+TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)  # Megatron's block, and the paper's
 POLICIES = {policy.name: policy for policy in (FULL, DROP)}
 
 

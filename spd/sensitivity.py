@@ -6,9 +6,7 @@ from torch import Tensor
 from spd.errors import SPDError
 from spd.evaluate import Progress, batches, negative_log_likelihood, summary
 from spd.model import Transformer
-from spd.plan import DROP, FULL
-
-TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)
+from spd.plan import SPD_BLOCK, TP_BLOCK
 
 
 def block_evaluations(num_blocks: int) -> int:

@@ -148,7 +148,6 @@ def sweep(
     The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
-    from spd.data import digest_of
     from spd.planner import plans_by_percentage, read_sensitivity
     from spd.repair.strategies import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
 
@@ -167,7 +166,7 @@ def sweep(
             accuracy.compare_with(loaded)
         del loaded  # the curve reads it afresh for repairs, and two do not fit where one hardly does
         total = len(names) * len(plans_by_percentage(measured, wanted))
-        same = session.digest(described, measured, digest_of(data.tokens), apart=("percentages", "strategies"))
+        same = session.digest(described, measured, data.describe(), apart=("percentages", "strategies"))
         with session.progress(total, "points") as done:
             points = curve(session.load, measured, names, wanted, data.tokens, prepared, accuracy, done,
                            Points(repairs / f"points-{same}.json", session.runtime.leads))  # fmt: skip

@@ -30,7 +30,7 @@ from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.evaluate import batches
 from spd.model import Block, Context, Transformer, shard_linear
-from spd.plan import DROP, FULL, Plan
+from spd.plan import SPD_BLOCK, TP_BLOCK, Plan
 from spd.repair.assignment import balanced_assignment
 from spd.repair.centre import centre_heads
 from spd.repair.least_squares import Coefficients, Moments, Rows, best_ridge, conjugate_gradients
@@ -38,7 +38,6 @@ from spd.repair.permute import permute_heads, permute_neurons
 
 HELD_OUT = 10  # one window in so many chooses the ridge
 POINT = "calibration"  # the name of these all-reduces in the counts
-DROPPED, KEPT = (DROP, FULL), (FULL, FULL)
 
 
 @dataclass(frozen=True)
@@ -519,14 +518,14 @@ def repair_model(
     Raises:
         SPDError: a plan that drops the sync after an MLP.
     """
-    if any(pair not in (KEPT, DROPPED) for pair in plan.blocks):
+    if any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
         raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
     model.plan = plan
     student = [model.embed(batch.to(model.embedding.weight.device)).x for batch in batches(tokens)]
     teacher, reports = list(student), []
     for i, policies in enumerate(plan.blocks):
-        teacher = _run(model, i, teacher, KEPT)
-        if policies == DROPPED:
+        teacher = _run(model, i, teacher, TP_BLOCK)
+        if policies == SPD_BLOCK:
             site = Site(model.blocks[i], i, model.shards, model.config)
             report = {"index": i} | repair_block(site, Calibration(student, teacher, model.context), options)
             reports.append(report)

@@ -17,7 +17,7 @@ from spd.data import digest_of
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.model import Transformer
-from spd.plan import Plan
+from spd.plan import SPD_BLOCK, TP_BLOCK, Plan
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
 from spd.repair.closed_form import Calibration, Site, repair_block
@@ -26,8 +26,6 @@ from spd.repair.recipes import (
     CLOSED_FORM,
     DISTILL,
     GROUP,
-    SPD_BLOCK,
-    TP_BLOCK,
     Options,
     class_of,
     repaired_blocks,

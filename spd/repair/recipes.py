@@ -3,13 +3,12 @@
 from dataclasses import dataclass, replace
 
 from spd.errors import SPDError
-from spd.plan import DROP, FULL, Plan
+from spd.plan import TP_BLOCK, Plan
 from spd.repair.closed_form import Options as ClosedForm
 from spd.repair.training import Schedule
 
 RECIPES = ("zs", "closed-form", "paper", "best")
 HELD_OUT = 10  # one window in so many is never trained on: the last ones
-TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)
 GROUP, DISTILL, CLOSED_FORM = "group heads", "distill", "closed form"
 
 
