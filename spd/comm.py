@@ -14,12 +14,14 @@ every place where something replicated meets something sharded, norm weights inc
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from spd.errors import SPDError
@@ -46,16 +48,27 @@ class Link:
             raise SPDError(f"'{spec}' is not a link; the form is BANDWIDTH,LATENCY as in '10GBps,20us'.")
         return cls(float(match[1]) * _UNITS[match[2]], float(match[3]) * _SECONDS[match[4]], spec.strip())
 
-    def all_reduce_seconds(self, payload: int, participants: int) -> float:
+    def all_reduce_seconds(self, payload: float, participants: int) -> float:
         """Ring all-reduce of `payload` bytes: latency + 2 (n-1)/n payload / bandwidth; none among one."""
         if participants == 1:
             return 0.0
         return self.latency + 2 * (participants - 1) / participants * payload / self.bandwidth
 
 
+class AllReduce(Protocol):
+    """Anything that says how long an all-reduce of `payload` bytes over `participants` takes, as `Link` does."""
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float: ...
+
+
+def all_gather_seconds(link: AllReduce, payload: float, participants: int) -> float:
+    """Of `payload` bytes when whole: they go round the ring once, and an all-reduce's twice."""
+    return link.all_reduce_seconds(payload / 2, participants)
+
+
 @dataclass
 class Collective:
-    """What the all-reduces of one sync point have cost so far; seconds are those of CPU collectives alone."""
+    """What the collectives of one sync point have cost so far; seconds are those on CPUs alone."""
 
     count: int = 0
     bytes: int = 0
@@ -157,7 +170,8 @@ class Shards:
     def all_reduce(self, tensor: torch.Tensor, point: str) -> torch.Tensor:
         """Sum of `tensor` over the processes; counted and timed on the CPU's clock.
 
-        In place, unless gradients flow through it; their own sum is counted as `POINT backward`.
+        In place where it can be, and where gradients flow through it never; their own sum is counted as
+        `POINT backward`.
         """
         if torch.is_grad_enabled() and tensor.requires_grad:
             return _Sum.apply(tensor, self, point)
@@ -183,22 +197,50 @@ class Shards:
     def _all_reduce(self, tensor: torch.Tensor, point: str) -> torch.Tensor:
         if self.silent:
             return tensor
+        tensor = tensor.contiguous()  # a process group reads memory as it lies
         payload = tensor.numel() * tensor.element_size()
+        emulated = 0.0 if self.link is None else self.link.all_reduce_seconds(payload, self.tp)
+        with self._counted(point, payload, emulated, tensor.is_cuda):
+            if self.world > 1:
+                dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    @contextmanager
+    def _counted(self, point: str, payload: int, emulated: float, on_gpu: bool) -> Iterator[None]:
+        """Counts and times one collective, and waits for the emulated link's seconds after it."""
         start = time.perf_counter()
-        if self.world > 1:
-            dist.all_reduce(tensor, group=self.group)
+        yield
         reached = time.perf_counter()
-        if self.link is not None:
-            until = reached + self.link.all_reduce_seconds(payload, self.tp)
-            while time.perf_counter() < until:  # a sleep would take 100 us at the least
-                pass
+        while time.perf_counter() < reached + emulated:  # a sleep would take 100 us at the least
+            pass
         spent = self.collectives[point]
         spent.count += 1
         spent.bytes += payload
-        if not tensor.is_cuda:  # a GPU's collective is only launched here
+        if not on_gpu:  # a GPU's collective is only launched here
             spent.real_seconds += reached - start
             spent.emulated_seconds += time.perf_counter() - reached
-        return tensor
+
+    def part_of(self, size: int) -> slice:
+        """This process's part of `size` things, of which every process takes as many; the last ones may lack some."""
+        width = -(-size // self.world)
+        return slice(self.rank * width, (self.rank + 1) * width)
+
+    def join(self, part: torch.Tensor, size: int, point: str) -> torch.Tensor:
+        """The last dimension, `size` long, from the `part_of` it that each process has; counted, without gradients.
+
+        `silent` puts this process's own part in the others' places.
+        """
+        if self.world == 1:
+            return part
+        mine = F.pad(part, (0, -(-size // self.world) - part.shape[-1]))
+        parts = [mine] * self.world
+        if not self.silent:
+            payload = size * mine[..., 0].numel() * mine.element_size()
+            emulated = 0.0 if self.link is None else all_gather_seconds(self.link, payload, self.tp)
+            with self._counted(point, payload, emulated, part.is_cuda):
+                parts = [torch.empty_like(mine) for _ in parts]
+                dist.all_gather(parts, mine, group=self.group)
+        return torch.cat(parts, dim=-1)[..., :size]
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """What all shards hold, (tp, ...), from the (k, ...) of every process; uncounted, for offline work."""

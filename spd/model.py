@@ -283,10 +283,25 @@ class Transformer(nn.Module):
     def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
         return self.blocks[i](stream, policies, self.shards, context, i)
 
+    @property
+    def vocabulary(self) -> Tensor:
+        """(vocabulary, D), the output head's weights."""
+        return (self.embedding if self.head is None else self.head).weight
+
     def logits(self, stream: Stream) -> Tensor:
         """Flushes what is pending; (B, T, vocabulary)."""
-        head = self.embedding if self.head is None else self.head
-        return linear(self.norm(self.shards.flush(stream).x), head.weight)
+        return linear(self.norm(self.shards.flush(stream).x), self.vocabulary)
+
+    def last_logits(self, stream: Stream) -> Tensor:
+        """(B, 1, vocabulary) of the last tokens. Where none are trained each process computes a part of them.
+
+        Reading the head's weights is much of a small model's decode step, and one gathering of logits costs less.
+        """
+        last = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
+        if torch.is_grad_enabled():
+            return self.logits(last)
+        x, rows = self.norm(self.shards.flush(last).x), len(self.vocabulary)
+        return self.shards.join(linear(x, self.vocabulary[self.shards.part_of(rows)]), rows, "head")
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None, last_only: bool = False
@@ -301,9 +316,7 @@ class Transformer(nn.Module):
             stream = self.run_block(i, stream, policies, context)
         if cache is not None:
             cache.advance(tokens.shape[1])
-        if last_only:
-            stream = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
-        return self.logits(stream)
+        return self.last_logits(stream) if last_only else self.logits(stream)
 
     @staticmethod
     def is_sharded(parameter: str) -> bool:

@@ -25,20 +25,26 @@ TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0
 PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")
 
 
+def counted(model: SPDModel) -> dict[str, list[int]]:
+    """Number and bytes of the collectives since the last call, by sync point."""
+    return {point: [c.count, c.bytes] for point, c in model.transformer.shards.take_collectives().items()}
+
+
 def everything(runtime: Runtime, folder: str, text: str, tp: int) -> dict:
     """All that one process can compute, on the shards of this one."""
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(tp))
-    found = {"logits": {}, "cached": {}, "collectives": {}}
+    found = {kind: {} for kind in ("logits", "last", "cached", "collectives", "gathered")}
     for letters in PLANS:
         model.plan = Plan.from_letters(letters)
         with torch.no_grad():
-            model.transformer.shards.take_collectives()
+            counted(model)
             found["logits"][letters] = model.transformer(TOKENS).tolist()
-            taken = model.transformer.shards.take_collectives()
+            found["collectives"][letters] = counted(model)
+            found["last"][letters] = model.transformer(TOKENS, last_only=True).tolist()
+            found["gathered"][letters] = counted(model).get("head")
             cache = model.transformer.new_cache(*TOKENS.shape)
             pieces = [model.transformer(piece, cache) for piece in TOKENS.split([13, 1, 1, 1], dim=1)]
         found["cached"][letters] = torch.cat(pieces, 1).tolist()
-        found["collectives"][letters] = {point: [c.count, c.bytes] for point, c in taken.items()}
     found["sampled"] = model.generate(["t5 t6 t7", "t8"], 10, Sampling(temperature=1.0, seed=3))
     windows = read_windows(text, model.tokenizer, 16, 10).tokens
     found["perplexity"] = perplexity(model.transformer, windows)["perplexity"]
@@ -51,13 +57,15 @@ def test_several_processes_equal_one(variants, text_of_words, processes, tp, var
     folder = str(variants(variant)[0])
     alone = everything(Runtime(), folder, str(text_of_words), tp)
     together = spawn(processes, everything, folder, str(text_of_words), tp)
-    for kind in ("logits", "cached"):
+    for kind in ("logits", "last", "cached"):
         for letters in PLANS:
             torch.testing.assert_close(
                 torch.tensor(together[kind][letters]), torch.tensor(alone[kind][letters]), rtol=0, atol=2e-5
             )
     assert together["collectives"] == alone["collectives"]
     assert together["collectives"]["FF FF FF"] == {"attention": [3, 3 * 4096], "mlp": [3, 3 * 4096]}
+    assert set(map(str, together["gathered"].values())) == {str([1, 2 * 96 * 4])}  # two tokens' logits, whole
+    assert set(alone["gathered"].values()) == {None}
     assert together["sampled"] == alone["sampled"]
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
     assert together["sensitivity"] == pytest.approx(alone["sensitivity"], rel=1e-3, abs=1e-3)
@@ -105,6 +113,23 @@ def test_copies_of_the_model_divide_the_questions(variants, tmp_path):
     assert found["apart"] == found["together"] == alone["apart"] == alone["together"]
 
 
+def joined(runtime: Runtime, size: int) -> dict:
+    """Of 0..size-1, with and without communication."""
+    shards = runtime.shards(runtime.world)
+    mine = torch.arange(size, dtype=torch.bfloat16)[None, shards.part_of(size)]
+    found = {"whole": shards.join(mine, size, "head").tolist()}
+    shards.silent = True
+    found["silent"] = shards.join(mine, size, "head").shape[-1]
+    found["bytes"] = shards.take_collectives()["head"].bytes
+    return found
+
+
+@pytest.mark.parametrize("size", [8, 5, 3])
+def test_parts_of_any_width_are_joined(size):
+    expected = {"whole": [list(range(size))], "silent": size, "bytes": 2 * size}
+    assert spawn(4, joined, size) == expected
+
+
 def test_processes_that_cannot_be_divided():
     with pytest.raises(
         SPDError, match=r"^3 copies of the model need as many equal parts of the processes, which are 2"
@@ -122,9 +147,11 @@ def test_bench_counts_what_it_times(variants):
     found = spawn(2, bench, settings)
     assert [row["plan"] for row in found["plans"]] == list(letters)
     counts = [{point: c["count"] for point, c in row["collectives"].items()} for row in found["plans"]]
-    assert counts == [{"attention": 3, "mlp": 3}, {"attention": 1, "mlp": 3}]
+    assert counts == [{"attention": 3, "mlp": 3, "head": 1}, {"attention": 1, "mlp": 3, "head": 1}]
     payload = 8 * 32 * 4
     for row in found["plans"]:
+        head = row["collectives"].pop("head")
+        assert head["bytes"] == 96 * 4 and head["emulated_ms"] >= 2 + 96 * 4 / 2 / 1e6
         for c in row["collectives"].values():
             assert c["bytes"] == c["count"] * payload
             assert c["emulated_ms"] >= c["count"] * (2 + payload / 1e6)  # 2 (n-1)/n is 1 for two processes
@@ -135,7 +162,7 @@ def test_bench_counts_what_it_times(variants):
         assert row["tpot_ms"]["median"] > 0
     assert list(found["bounds"]) == ["all_full", "all_attention_dropped", "no_communication"]
     assert found["bounds"]["no_communication"]["collectives"] == {}
-    assert list(found["bounds"]["all_attention_dropped"]["collectives"]) == ["mlp"]
+    assert list(found["bounds"]["all_attention_dropped"]["collectives"]) == ["mlp", "head"]
 
 
 def refuse(runtime: Runtime) -> dict:

@@ -134,10 +134,11 @@ def test_communication_is_the_ring_formula_times_the_sync_points():
     predicted = Prediction(setting(batch=2, prompt_len=100))
     payload = 2 * 100 * 4096 * 2
     one = 20e-6 + 2 * 7 / 8 * payload / 10e9
-    assert predicted.dropping("ttft", 0).communication == pytest.approx(64 * one)
-    assert predicted.dropping("ttft", 50).communication == pytest.approx(48 * one)
+    gather = 20e-6 + 7 / 8 * 2 * 32000 * 2 / 10e9
+    assert predicted.dropping("ttft", 0).communication == pytest.approx(64 * one + gather)
+    assert predicted.dropping("ttft", 50).communication == pytest.approx(48 * one + gather)
     assert predicted.dropping("tpot", 100).communication == pytest.approx(
-        32 * (20e-6 + 2 * 7 / 8 * 2 * 4096 * 2 / 10e9)
+        32 * (20e-6 + 2 * 7 / 8 * 2 * 4096 * 2 / 10e9) + gather
     )
 
 
@@ -356,7 +357,8 @@ def test_the_errors_of_a_calibration_are_tabled():
 def test_an_emulated_link_is_known_and_not_fitted():
     with_link, without = (observations_of(bench_record(link=link))[0] for link in ("10GBps,200us", None))
     assert without.known == 0
-    assert with_link.known == pytest.approx((12 + 6) * (200e-6 + 64 * 768 * 4 / 10e9))  # half of 12 blocks dropped
+    gather = 200e-6 + 32000 * 4 / 2 / 10e9
+    assert with_link.known == pytest.approx((12 + 6) * (200e-6 + 64 * 768 * 4 / 10e9) + gather)  # half dropped of 12
 
 
 def test_calibrations_refuse_what_does_not_belong_together(tmp_path):

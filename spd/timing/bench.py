@@ -23,7 +23,8 @@ from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
 from spd.pretrained import SPDModel, describe, display_name, resolve
 from spd.progress import bar
-from spd.timing.roofline import clock, described, floors, measure
+from spd.timing.latency import communication
+from spd.timing.roofline import clock, described, floors, measure, passes
 from spd.timing.static import Compiled, Eager
 from spd.track import hardware
 
@@ -98,17 +99,17 @@ def _share(model: Transformer, settings: BenchSettings, progress: Callable[[int]
     rates = measure(model, settings.batch, settings.prompt_len)
     row = _row(Plan.full(model.config.num_blocks), True, taken)
     row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, 0)
-    width = model.config.hidden_size * model.embedding.weight.element_size()
-    rows = {"ttft_ms": settings.batch * settings.prompt_len, "tpot_ms": settings.batch}
-    predicted = []
-    for letters in settings.plans:
-        syncs = Plan.from_letters(letters).syncs()
-        sums = {
-            k: 1e3 * syncs * model.shards.link.all_reduce_seconds(n * width, model.shards.tp) for k, n in rows.items()
-        }
-        times = {k: row[k]["median"] + sums[k] for k in rows if row[k] is not None}
-        predicted.append({"plan": letters, **times, "communication_ms": sums})
+    predicted = [{"plan": letters, **_with_link(model, settings, row, Plan.from_letters(letters).syncs())}
+                 for letters in settings.plans]  # fmt: skip
     return {"share": row, "predicted": predicted, "rates": described(rates)}
+
+
+def _with_link(model: Transformer, settings: BenchSettings, row: dict, syncs: int) -> dict:
+    """A timed shard's medians with `syncs` all-reduces over the link added, and these alone (ms)."""
+    found = {kind: 1e3 * communication(a_pass, model.shards.link, syncs) for kind, a_pass in
+             passes(model, settings.batch, settings.prompt_len, settings.new_tokens).items()}  # fmt: skip
+    times = {f"{kind}_ms": row[f"{kind}_ms"]["median"] + ms for kind, ms in found.items() if row[f"{kind}_ms"]}
+    return times | {"communication_ms": {f"{kind}_ms": ms for kind, ms in found.items()}}
 
 
 def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDModel:

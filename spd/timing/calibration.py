@@ -122,9 +122,10 @@ def _observations(record: Mapping, config: ModelConfig, name: str, row: Mapping,
 
 
 def _observe(label: dict, a_pass: Pass, syncs: int, link: Link | None, seconds: float) -> Observation:
-    tp = a_pass.tp
-    known = 0.0 if link is None else syncs * link.all_reduce_seconds(a_pass.payload, tp)
-    counts, ring = ({}, {}) if tp == 1 else ({("real", tp): syncs}, {"real": syncs * ring_bytes(a_pass.payload, tp)})
+    tp, collectives = a_pass.tp, a_pass.collectives(syncs)
+    known = 0.0 if link is None else sum(n * link.all_reduce_seconds(payload, tp) for n, payload in collectives)
+    count, moved = sum(n for n, _ in collectives), sum(n * ring_bytes(payload, tp) for n, payload in collectives)
+    counts, ring = ({}, {}) if tp == 1 else ({("real", tp): count}, {"real": moved})
     return Observation(label, a_pass.work(), counts, ring, seconds, known)
 
 

@@ -5,11 +5,12 @@ second of whole runs: prefill and decoding, divided by the new tokens (the sourc
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from spd.config import SHAPES
 from spd.timing.calibration import Calibration, Observation, errors, fit, worst
 from spd.timing.machines import read_profile, ring_bytes
-from spd.timing.work import Pass
+from spd.timing.work import Pass, Work
 
 SHAPE, PROMPT, NEW = "llama3.1-70b", 1024, 512  # the source's script: 1024 tokens in, 512 out
 SPLITS: dict[str, Callable[[dict], bool]] = {  # which rows are predicted, not fitted
@@ -30,8 +31,14 @@ def _observation(row: dict[str, str]) -> Observation:
     syncs = 2 * SHAPES[SHAPE].num_blocks * (row["variant"] == "standard")
     moved = syncs * (ring_bytes(prefill.payload, tp) + (NEW - 1) * ring_bytes(decode.payload, tp)) / NEW
     label = {"variant": row["variant"], "p2p": row["p2p"], "batch": batch, "tp": tp}
-    work = (prefill.work() + decode.work() * (NEW - 1)) * (1 / NEW)
+    work = (_work(prefill) + _work(decode) * (NEW - 1)) * (1 / NEW)
     return Observation(label, work, {(link, tp): syncs}, {link: moved}, batch / float(row["tokens_per_s"]))
+
+
+def _work(a_pass: Pass) -> Work:
+    """Of a pass in the source's engine, where every GPU computes the whole head and no logits are gathered."""
+    part, whole = (replace(a_pass, tp=tp).ends()[-1].work for tp in (a_pass.tp, 1))
+    return a_pass.work() + whole + part * -1
 
 
 def decode_check() -> dict:

@@ -1,7 +1,8 @@
 """Predicted latency: time to first token (TTFT), time per output token (TPOT), and what dropping sync points gains.
 
 A pass takes the sum of its operators' device times, plus launch time an operator (none under CUDA graphs), plus one
-all-reduce a sync point that is kept. Nothing overlaps; dropping a sync point changes nothing but its all-reduce.
+all-reduce a sync point that is kept, and one all-gather of the logits. Nothing overlaps; dropping a sync point changes
+nothing but its all-reduce.
 """
 
 from dataclasses import dataclass, replace
@@ -64,7 +65,12 @@ def pass_time(a_pass: Pass, machine: Machine, all_reduce: AllReduce, syncs: int)
     for operator, times in operator_counts(a_pass):
         parts[operator.kind] += times * machine.seconds(operator, a_pass.tp)
         parts["launch"] += times * machine.launch
-    return Time(parts, syncs * all_reduce.all_reduce_seconds(a_pass.payload, a_pass.tp))
+    return Time(parts, communication(a_pass, all_reduce, syncs))
+
+
+def communication(a_pass: Pass, all_reduce: AllReduce, syncs: int) -> float:
+    """Seconds of a pass's collectives."""
+    return sum(n * all_reduce.all_reduce_seconds(payload, a_pass.tp) for n, payload in a_pass.collectives(syncs))
 
 
 def operator_counts(a_pass: Pass) -> list[tuple[Operator, int]]:
@@ -75,7 +81,7 @@ def operator_counts(a_pass: Pass) -> list[tuple[Operator, int]]:
 
 def with_syncs(time: Time, a_pass: Pass, all_reduce: AllReduce, syncs: int) -> Time:
     """The same pass with another number of all-reduces, or over another link."""
-    return replace(time, communication=syncs * all_reduce.all_reduce_seconds(a_pass.payload, a_pass.tp))
+    return replace(time, communication=communication(a_pass, all_reduce, syncs))
 
 
 def gain(full: Time, dropped: Time) -> dict[str, float]:

@@ -11,19 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from spd.comm import AllReduce
 from spd.config import SHAPES
 from spd.errors import SPDError
 from spd.timing.work import Operator, Pass, Work
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 # Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
-# in size), one shard's gate and up projection for the head (it is replicated).
+# in size), the gate and up projection for the head.
 STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}
-REPLICATED = ("head", "final_norm")  # whose work does not shrink with tp
 TABLE_MODELS = {"Llama-2-7b-hf": "llama2-7b", "Llama-2-70b-hf": "llama2-70b"}
 
 
@@ -52,7 +51,7 @@ class Efficiencies:
 
     def of(self, operator: Operator, tp: int) -> float:
         """Interpolated in the logarithms of tokens, tp and the operator's reference time; constant beyond the table."""
-        name, tp = STAND_INS.get(operator.name, operator.name), 1 if operator.name in REPLICATED else tp
+        name = STAND_INS.get(operator.name, operator.name)
         sizes, values = [], []
         for model, grid in self.grids[name].items():
             sizes.append(self.costs.seconds(_operator(model, tp, operator.tokens, name).work))
@@ -88,12 +87,6 @@ class Machine:
 
 
 # ---------------------------------------------------------------- all-reduces
-
-
-class AllReduce(Protocol):
-    """Anything that says how long an all-reduce of `payload` bytes over `participants` takes, as `comm.Link` does."""
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ going on, and an emulated link what it is said to. Nothing overlaps.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from spd.comm import Shards
 from spd.kernels import linear
 from spd.model import Transformer
-from spd.timing.latency import Setting
+from spd.timing.latency import Setting, communication
 from spd.timing.machines import Costs, FittedAllReduce, Machine
 from spd.timing.work import Pass
 
@@ -31,6 +31,7 @@ class Rates:
     flops: float  # a second, of the product that a prefill spends most on
     bytes: float  # a second, read once for one row
     all_reduce: dict[str, float]  # seconds, of `ttft` and `tpot`
+    all_gather: float  # seconds, of the last tokens' logits
 
 
 @torch.no_grad()
@@ -45,8 +46,9 @@ def measure(model: Transformer, batch: int, prompt_len: int) -> Rates:
     read = _best(lambda: [linear(one, matrix) for matrix in matrices], model.shards, prompt)
     rows = {"ttft": batch * prompt_len, "tpot": batch}
     sums = {kind: _all_reduce(torch.zeros(n, config.hidden_size).to(weight), model.shards) for kind, n in rows.items()}
+    gather = _all_gather(torch.zeros(batch, -(-config.vocab_size // model.shards.world)).to(weight), model.shards)
     flops = 2 * len(prompt) * weight.numel() / product
-    return Rates(flops, len(matrices) * weight.numel() * weight.element_size() / read, sums)
+    return Rates(flops, len(matrices) * weight.numel() * weight.element_size() / read, sums, gather)
 
 
 def _best(function, shards: Shards, like: torch.Tensor) -> float:
@@ -63,6 +65,13 @@ def _all_reduce(tensor: torch.Tensor, shards: Shards) -> float:
     return _best(lambda: dist.all_reduce(tensor, group=shards.group), shards, tensor) if dist.is_initialized() else 0.0
 
 
+def _all_gather(part: torch.Tensor, shards: Shards) -> float:
+    if not dist.is_initialized():
+        return 0.0
+    parts = [torch.empty_like(part) for _ in range(shards.world)]
+    return _best(lambda: dist.all_gather(parts, part, group=shards.group), shards, part)
+
+
 def clock(like: torch.Tensor) -> float:
     """Seconds, after everything launched on the device of `like` has finished."""
     if like.is_cuda:
@@ -70,15 +79,19 @@ def clock(like: torch.Tensor) -> float:
     return time.perf_counter()
 
 
+def passes(model: Transformer, batch: int, prompt_len: int, new_tokens: int) -> dict[str, Pass]:
+    """What is timed as `ttft` and `tpot`, to be counted."""
+    nowhere = Machine("", Costs(0, 0, 0, 0, 0), model.embedding.weight.element_size()), FittedAllReduce({}, 0)
+    setting = Setting(model.config, *nowhere, model.shards.tp, batch, prompt_len, max(1, new_tokens))
+    return {"ttft": setting.prefill(), "tpot": setting.decode()}
+
+
 def floors(rates: Rates, model: Transformer, batch: int, prompt_len: int, new_tokens: int, syncs: int) -> dict:
-    """Least TTFT and TPOT (ms) of a plan with `syncs` all-reduces a pass, and what of them is all-reduces."""
-    shards, size = model.shards, model.embedding.weight.element_size()
-    nowhere = Machine("", Costs(0, 0, 0, 0, 0), size), FittedAllReduce({}, 0)
-    setting = Setting(model.config, *nowhere, shards.tp, batch, prompt_len, max(1, new_tokens))
-    passes = {"ttft": setting.prefill(), "tpot": setting.decode()}
-    found = {}
-    for kind, a_pass in passes.items():
-        waiting = syncs * (rates.all_reduce[kind] + _link_seconds(shards, a_pass))
+    """Least TTFT and TPOT (ms) of a plan with `syncs` all-reduces a pass, and what of them is communication."""
+    link, found = model.shards.link, {}
+    for kind, a_pass in passes(model, batch, prompt_len, new_tokens).items():
+        waiting = syncs * rates.all_reduce[kind] + (syncs > 0) * rates.all_gather
+        waiting += communication(a_pass, link, syncs) if link is not None else 0.0
         found |= {f"{kind}_ms": 1e3 * (_computing(rates, a_pass) + waiting), f"{kind}_communication_ms": 1e3 * waiting}
     return found
 
@@ -88,11 +101,8 @@ def _computing(rates: Rates, a_pass: Pass) -> float:
     return max(work.flops / rates.flops, work.weight_bytes / rates.bytes)
 
 
-def _link_seconds(shards: Shards, a_pass: Pass) -> float:
-    return 0.0 if shards.link is None else shards.link.all_reduce_seconds(a_pass.payload, a_pass.tp)
-
-
 def described(rates: Rates) -> dict:
     """For records."""
-    sums = {f"{kind}_ms": 1e3 * seconds for kind, seconds in asdict(rates)["all_reduce"].items()}
-    return {"matrix_gflops": rates.flops / 1e9, "memory_gb_per_s": rates.bytes / 1e9, "all_reduce": sums}
+    sums = {f"{kind}_ms": 1e3 * seconds for kind, seconds in rates.all_reduce.items()}
+    return {"matrix_gflops": rates.flops / 1e9, "memory_gb_per_s": rates.bytes / 1e9, "all_reduce": sums,
+            "all_gather_ms": 1e3 * rates.all_gather}  # fmt: skip

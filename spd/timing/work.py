@@ -64,6 +64,18 @@ class Pass:
         """Bytes of one all-reduce."""
         return self.rows * self.config.hidden_size * self.element_size
 
+    @property
+    def logits(self) -> int:
+        """Bytes of the last tokens' logits, which one all-gather joins."""
+        return self.batch * self.config.vocab_size * self.element_size
+
+    def collectives(self, syncs: int) -> list[tuple[int, float]]:
+        """How many all-reduces of how many bytes a pass with `syncs` of them takes; none at all without them.
+
+        The last, on a ring, stands for the all-gather of the logits: those bytes go round once, and not twice.
+        """
+        return [(syncs, self.payload), (1, self.logits / 2)] if syncs else []
+
     def block(self) -> list[Operator]:
         """A decoder block's operators in the order they run; each of the two residual additions is one."""
         c, n = self.config, self.rows
@@ -86,12 +98,12 @@ class Pass:
         ]
 
     def ends(self) -> list[Operator]:
-        """Embedding, last norm and head, which every shard computes whole; the head sees one token a sequence."""
-        d = self.config.hidden_size
+        """Embedding and last norm, which every shard computes whole, and its part of the last tokens' logits."""
+        d, part = self.config.hidden_size, -(-self.config.vocab_size // self.tp)
         return [
             self._pointwise("embedding", 2 * self.rows * d),
             self._pointwise("final_norm", 2 * self.batch * d, self.batch),
-            self._matrix("head", self.batch, d, self.config.vocab_size),
+            self._matrix("head", self.batch, d, part),
         ]
 
     def work(self) -> Work:
