@@ -26,6 +26,7 @@ from torch import nn
 
 from spd.errors import SPDError
 from spd.plan import DROP, FULL, Policy
+from spd.transport import Transport
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -136,7 +137,7 @@ class Shards:
     tp: int = 1
     rank: int = 0
     world: int = 1
-    group: dist.ProcessGroup | None = None
+    transport: Transport | None = None  # among the processes, where there are several
     link: Link | None = None
     silent: bool = False
     collectives: dict[str, Collective] = field(default_factory=lambda: defaultdict(Collective))
@@ -202,7 +203,7 @@ class Shards:
         emulated = 0.0 if self.link is None else self.link.all_reduce_seconds(payload, self.tp)
         with self._counted(point, payload, emulated, tensor.is_cuda):
             if self.world > 1:
-                dist.all_reduce(tensor, group=self.group)
+                self.transport.all_reduce(tensor)
         return tensor
 
     @contextmanager
@@ -238,22 +239,19 @@ class Shards:
             payload = size * mine[..., 0].numel() * mine.element_size()
             emulated = 0.0 if self.link is None else all_gather_seconds(self.link, payload, self.tp)
             with self._counted(point, payload, emulated, part.is_cuda):
-                parts = [torch.empty_like(mine) for _ in parts]
-                dist.all_gather(parts, mine, group=self.group)
+                parts = self.transport.all_gather(mine)
         return torch.cat(parts, dim=-1)[..., :size]
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """What all shards hold, (tp, ...), from the (k, ...) of every process; uncounted, for offline work."""
         if self.world == 1:
             return tensor
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.cat(parts)
+        return torch.cat(self.transport.all_gather(tensor.contiguous()))
 
     def align(self) -> None:
         """Waits until every process is here, uncounted; where one alone stands for all of them, there is no wait."""
-        if self.world > 1 and dist.is_initialized():
-            dist.barrier(self.group)
+        if self.transport is not None:
+            self.transport.barrier()
 
     def take_collectives(self) -> dict[str, Collective]:
         """What each sync point has cost since the last call, by its name; counting starts afresh."""

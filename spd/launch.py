@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 
 from spd.comm import Link, Replicas, Shards
 from spd.errors import SPDError
+from spd.transport import PROCESS_GROUP, SHARED_MEMORY, ProcessGroup, SharedMemory
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -29,6 +30,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    memory: Path | None = None  # a folder that processes of one machine share memory through, instead of gloo
 
     @property
     def leads(self) -> bool:
@@ -38,7 +40,10 @@ class Runtime:
     def shards(self, tp: int, link: Link | None = None, replicas: Replicas | None = None) -> Shards:
         """Those of this process, where `replicas` copies of the model run (left out: one, on all processes)."""
         replicas = replicas or self.replicas(1)
-        return Shards(tp, self.rank % replicas.each, replicas.each, replicas.group(), link)
+        rank, transport = self.rank % replicas.each, ProcessGroup(replicas.group())
+        if self.memory is not None and replicas.count == 1:
+            transport = SharedMemory(self.memory, rank, replicas.each)
+        return Shards(tp, rank, replicas.each, transport if replicas.each > 1 else None, link)
 
     def replicas(self, count: int) -> Replicas:
         """Raises SPDError where the processes cannot be divided into `count` equal parts."""
@@ -118,17 +123,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def spawn(processes: int, function: Callable, *arguments) -> dict:
-    """Runs `function(runtime, *arguments)` in `processes` gloo processes of this machine; gives rank 0's result.
+def spawn(processes: int, function: Callable, *arguments, transport: str = PROCESS_GROUP) -> dict:
+    """Runs `function(runtime, *arguments)` in `processes` processes of this machine; gives rank 0's result.
 
-    The cores are shared out evenly. `function` must be importable, its arguments picklable and
-    its result a JSON document.
+    They are a gloo group; if `transport` is shared-memory, their shards' collectives go through memory. The cores are
+    shared out evenly. `function` must be importable, its arguments picklable and its result a JSON document.
 
     Raises:
         SPDError: what `function` raised, or that a process ended without a word.
     """
     with tempfile.TemporaryDirectory() as folder:
-        work = (folder, processes, max(1, cores() // processes), function, arguments)
+        work = (folder, processes, max(1, cores() // processes), transport, function, arguments)
         context = mp.start_processes(_enter, work, nprocs=processes, join=False, start_method="spawn")
         try:
             while not context.join():
@@ -143,7 +148,7 @@ def spawn(processes: int, function: Callable, *arguments) -> dict:
         return json.loads(Path(folder, "result").read_text())
 
 
-def _enter(rank: int, folder: str, world: int, threads: int, function: Callable, arguments: tuple) -> None:
+def _enter(rank: int, folder: str, world: int, threads: int, transport: str, function: Callable, arguments) -> None:
     torch.set_num_threads(threads)
     if "GLOO_SOCKET_IFNAME" not in os.environ:  # the machine's name need not resolve: stay on the loopback
         os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
@@ -151,7 +156,8 @@ def _enter(rank: int, folder: str, world: int, threads: int, function: Callable,
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT
     )
     try:
-        result = function(Runtime(rank, world), *arguments)
+        memory = Path(folder) if transport == SHARED_MEMORY else None
+        result = function(Runtime(rank, world, memory=memory), *arguments)
         if rank == 0:
             Path(folder, "result").write_text(json.dumps(result))
     except SPDError as error:

@@ -32,6 +32,7 @@ from spd.repair.closed_form import (
 )
 from spd.repair.least_squares import Moments, Rows, best_ridge
 from spd.repair.permute import permute_heads, permute_neurons
+from spd.transport import ProcessGroup
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SHAPE = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_blocks=2, num_heads=4, num_kv_heads=4,
@@ -325,7 +326,7 @@ def test_other_plans_are_refused():
 def _process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    model = _model(shards=Shards(4, rank, world, dist.group.WORLD))
+    model = _model(shards=Shards(4, rank, world, ProcessGroup()))
     repair_model(model, Plan.from_letters("DF DF"), TOKENS, Options(joint_features=0, sweeps=5))
     logits = model(TOKENS)
     if rank == 0:

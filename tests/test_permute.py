@@ -14,6 +14,7 @@ from spd.model import Transformer
 from spd.plan import Plan
 from spd.pretrained import build
 from spd.repair.permute import permute_heads, permute_neurons
+from spd.transport import ProcessGroup
 
 CONFIG = ModelConfig(
     vocab_size=50, hidden_size=32, intermediate_size=24, num_blocks=2, num_heads=8, num_kv_heads=4, head_dim=4,
@@ -94,7 +95,7 @@ def test_orders_that_are_none_and_replicated_heads_are_refused():
 def _process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    model = _model(Shards(4, rank, world, dist.group.WORLD))
+    model = _model(Shards(4, rank, world, ProcessGroup()))
     _shuffle(model)
     model.plan = Plan.from_letters("DF DF")
     if rank == 0:

@@ -19,6 +19,11 @@ from spd.cli.options import (
     open_session,
 )
 
+Transport = Annotated[
+    str | None,
+    typer.Option(help="How processes started here talk: shared-memory (default where it works) or process-group."),
+]
+
 
 @app.command()
 def bench(
@@ -51,8 +56,8 @@ def bench(
     alone: Annotated[
         bool, typer.Option("--alone", help="Time rank 0's shard by itself; its all-reduces are predicted over --link.")
     ] = False,
-    dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None, records: Records = RUNS,
-    reproduction: Reproduction = None, mlflow: MLflow = True,
+    transport: Transport = None, dtype: Dtype = "float32", device: Device = "cpu", seed: Seed = 0, out: Out = None,
+    records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Time to first token and per output token of several plans, on real processes, interleaved.
 
@@ -64,7 +69,7 @@ def bench(
         letters, described = plans_to_time(model, shape, tp, plan or [], drop or [], sensitivity, numbers(percentages))
         settings = BenchSettings(letters, model, shape, batch, prompt_len, new_tokens, link, repeats,
                                  dtype=dtype, seed=seed, compile=compile_,
-                                 share_of=tp if alone else None)  # fmt: skip
+                                 share_of=tp if alone else None, transport=transport)  # fmt: skip
         result = run(session.runtime, tp, settings)
         session.publish(result, described, tp)
 
@@ -79,7 +84,8 @@ def bench_peers(
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT.", min=1)] = 8,
     seconds: Annotated[float, typer.Option(help="Repetitions of a row; from 5 to 50 of them in any case.")] = 12.0,
-    seed: Seed = 0, out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
+    transport: Transport = None, seed: Seed = 0, out: Out = None, records: Records = RUNS,
+    reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Time to first token and per output token beside transformers': same weights, same threads, interleaved.
 
@@ -93,7 +99,7 @@ def bench_peers(
         rows = len(asked[0]) * len(asked[1]) * len(asked[2])
         setting = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens}
         with bar(rows, "rows") as done:
-            result = compare_all(*asked, done, seconds=seconds, seed=seed, **setting)
+            result = compare_all(*asked, transport, done, seconds=seconds, seed=seed, **setting)
         session.publish(result | setting)
 
 

@@ -44,10 +44,12 @@ def perplexity_caption(sources: Sources) -> str:
 
 
 def _setting(record: Record) -> str:
-    """The setting of a bench record: degree, processes, batch, prompt, link."""
+    """The setting of a bench record: degree, processes and how they talk, batch, prompt, link."""
     tp, world = number_in(record, "result", "tp"), number_in(record, "result", "world")
     link = record["result"].get("link")
-    words = f"tp={tp} on {world} process{'es' if world != 1 else ''}, batch {number_in(record, 'result', 'batch')}, "
+    through = {"shared-memory": " (shared memory)"}.get(record["result"].get("transport"), "")
+    words = f"tp={tp} on {world} process{'es' if world != 1 else ''}{through}, "
+    words += f"batch {number_in(record, 'result', 'batch')}, "
     words += f"{number_in(record, 'result', 'prompt_len')} prompt tokens, "
     nccl = "".join(f", {name}={value}" for name, value in (record["result"].get("nccl") or {}).items())
     return words + (f"emulated link {link}" if link else "no emulated link") + nccl
@@ -60,9 +62,9 @@ def ttft_caption(sources: Sources) -> str:
     )
     words = f"Median time to first token of {'/'.join(map(str, repeats))} runs (error bar: interquartile range), "
     emulated = any(row["emulated_ms"] for row in timings_of(record))
-    words += "split into computation" + (", real all-reduces and the emulated link" if emulated else " and all-reduces")
+    words += "split into computation" + (", real collectives and the emulated link" if emulated else " and collectives")
     if any("formula_ms" in row for row in timings_of(record)):
-        words += "; diamonds: no communication, measured, plus all-reduces by formula"
+        words += "; diamonds: no communication, measured, plus collectives by formula"
     return f"{words}. {model_key(record)[0]}, {_setting(record)}{_same_blocks(sources)}; {machine(record)}."
 
 
@@ -72,7 +74,7 @@ def rates_words(record: Record) -> str:
     sums = number_in(record, "result", "rates", "all_reduce", "ttft_ms")
     return (
         "saved_share = TTFT saved / time of the all-reduces removed, when all are kept; formula_ms = no communication,"
-        " measured, + all-reduces by formula; of_bound = what the machine's rates allow / measured: a process"
+        " measured, + collectives by formula; of_bound = what the machine's rates allow / measured: a process"
         f" multiplies matrices at {flops:.0f} GFLOP/s, reads weights at {read:.1f} GB/s, and an idle all-reduce of the"
         f" prompt's size takes {sums:.2f} ms, the emulated link aside."
     )

@@ -27,6 +27,7 @@ from spd.timing.latency import communication
 from spd.timing.roofline import clock, described, floors, measure, passes
 from spd.timing.static import Compiled, Eager
 from spd.track import hardware
+from spd.transport import PROCESS_GROUP, SHARED_MEMORY, TRANSPORTS, SharedMemory
 
 BOUNDS = ("all_full", "all_attention_dropped", "no_communication")
 
@@ -48,6 +49,7 @@ class BenchSettings:
     seed: int = 0
     compile: bool = False  # torch.compile, and CUDA graphs on GPUs
     share_of: int | None = None  # time one shard of so many alone, and predict its all-reduces
+    transport: str | None = None  # of the processes started here; left out: shared memory where it works
 
 
 @dataclass
@@ -293,13 +295,30 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
         raise SPDError(
             f"{tp} processes on {cores()} cores would time nothing but their waiting; use at most {cores()}."
         )
-    measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings)
+    transport = chosen_transport(settings.transport, here)
+    measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings, transport=transport)
     setting = {"tp": tp, "world": 1 if alone else tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
                "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype,
-               "compile": settings.compile}  # fmt: skip
+               "compile": settings.compile, "transport": None if tp == 1 or alone else transport}  # fmt: skip
     if runtime.device != "cpu":
         setting["nccl"] = nccl_settings()
     return setting | measured | {"hardware": hardware()}
+
+
+def chosen_transport(asked: str | None, launched: bool = False) -> str:
+    """What processes that time themselves talk through: shared memory, if they are started here and it works here.
+
+    Raises:
+        SPDError: a transport that is unknown, or that does not work here.
+    """
+    works = not launched and SharedMemory.works_here()
+    if asked is None:
+        return SHARED_MEMORY if works else PROCESS_GROUP
+    if asked not in TRANSPORTS:
+        raise SPDError(f"Unknown transport '{asked}'; known: {', '.join(TRANSPORTS)}.")
+    if asked == SHARED_MEMORY and not works:
+        raise SPDError("Shared memory joins processes that spd itself starts (--tp on CPU), on x86-64 processors.")
+    return asked
 
 
 def _check_share(runtime: Runtime, tp: int, settings: BenchSettings) -> None:

@@ -19,6 +19,7 @@ from spd.plan import Plan
 from spd.timing.latency import Setting
 from spd.timing.machines import Both, Costs, FittedAllReduce, Machine, ring_bytes
 from spd.timing.work import Pass, Work
+from spd.transport import PROCESS_GROUP
 
 SCHEMA = 1
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -151,7 +152,7 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = (), statistic
     percentage points) are given for TTFT and TPOT, of the records fitted and of those checked.
 
     Raises:
-        SPDError: no records, or some of another machine, dtype or (on CPUs, whose cores the processes share) tp.
+        SPDError: no records, or some of another machine, dtype or (on CPUs) tp and transport: their cores are shared.
     """
     if not records:
         raise SPDError("A calibration needs records of bench, and none was given.")
@@ -159,7 +160,7 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = (), statistic
         raise SPDError(f"Unknown statistic '{statistic}'; known: {', '.join(STATISTICS)}.")
     kinds = {_machine_of(record) for record in [*records, *check]}
     if len(kinds) > 1:
-        raise SPDError(f"The records are not of one machine, dtype and tp: {'; '.join(sorted(map(str, kinds)))}.")
+        raise SPDError(f"The records are not of one machine, dtype, tp and transport: {'; '.join(sorted(map(str, kinds)))}.")
     fitted = [o for record in records for o in observations_of(record, statistic)]
     held_out = [o for record in check for o in observations_of(record, statistic)]
     calibration = fit(fitted)
@@ -188,7 +189,7 @@ def _machine_of(record: Mapping) -> tuple[str, str, str]:
     hardware, result = record["hardware"], record["result"]
     gpus = hardware.get("gpus") or []
     name = gpus[0] if gpus else f"{hardware['cpu']}, {hardware['cores']} cores"
-    return name, result["dtype"], "" if gpus else f"tp={result['tp']}"
+    return name, result["dtype"], "" if gpus else f"tp={result['tp']}, {result.get('transport') or PROCESS_GROUP}"
 
 
 def _worst_points(rows: Sequence[Mapping]) -> float | None:

@@ -22,7 +22,7 @@ from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
 from spd.pretrained import DTYPES, SPDModel
-from spd.timing.bench import spread
+from spd.timing.bench import chosen_transport, spread
 from spd.track import hardware
 
 ENGINES = ("spd", "transformers")
@@ -157,6 +157,7 @@ def compare_all(
     shapes: Sequence[str],
     dtypes: Sequence[str],
     degrees: Sequence[int],
+    transport: str | None = None,
     progress: Callable[[int], None] = lambda n: None,
     **more,
 ) -> dict:
@@ -172,15 +173,17 @@ def compare_all(
         raise SPDError(f"Unknown dtype '{unknown[0]}'; known: {', '.join(DTYPES)}.")
     if max(degrees) > cores():
         raise SPDError(f"{max(degrees)} processes on {cores()} cores would time nothing but their waiting.")
-    rows = []
+    rows, transport = [], chosen_transport(transport)
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             write_random(named_shape(shape), Path(folder), more.get("seed", 0))
             for dtype, tp in product(dtypes, degrees):
-                rows.append(spawn(tp, compare, folder, PeerSettings(shape, dtype, tp, **more)))
+                rows.append(spawn(tp, compare, folder, PeerSettings(shape, dtype, tp, **more), transport=transport))
                 progress(1)
     ratios = [ratio for row in rows for ratio in row.get("ratio", {}).values()]
-    return {"rows": rows, "least_ratio": min(ratios, default=None), "hardware": hardware()}
+    return {
+        "rows": rows, "least_ratio": min(ratios, default=None), "transport": transport, "hardware": hardware()
+    }  # fmt: skip
 
 
 def degrees_of(spec: str) -> list[int]:

@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from spd.comm import Shards
 from spd.kernels import linear
@@ -45,10 +44,18 @@ def measure(model: Transformer, batch: int, prompt_len: int) -> Rates:
     one = prompt[:1].contiguous()
     read = _best(lambda: [linear(one, matrix) for matrix in matrices], model.shards, prompt)
     rows = {"ttft": batch * prompt_len, "tpot": batch}
-    sums = {kind: _all_reduce(torch.zeros(n, config.hidden_size).to(weight), model.shards) for kind, n in rows.items()}
-    gather = _all_gather(torch.zeros(batch, -(-config.vocab_size // model.shards.world)).to(weight), model.shards)
+    sums = {kind: _collective("all_reduce", torch.zeros(n, config.hidden_size).to(weight), model.shards)
+            for kind, n in rows.items()}  # fmt: skip
+    part = torch.zeros(batch, -(-config.vocab_size // model.shards.world)).to(weight)
     flops = 2 * len(prompt) * weight.numel() / product
-    return Rates(flops, len(matrices) * weight.numel() * weight.element_size() / read, sums, gather)
+    read_rate = len(matrices) * weight.numel() * weight.element_size() / read
+    return Rates(flops, read_rate, sums, _collective("all_gather", part, model.shards))
+
+
+def _collective(name: str, tensor: torch.Tensor, shards: Shards) -> float:
+    """Seconds of one of the transport's collectives; none where there are no other processes."""
+    transport = shards.transport
+    return 0.0 if transport is None else _best(lambda: getattr(transport, name)(tensor), shards, tensor)
 
 
 def _best(function, shards: Shards, like: torch.Tensor) -> float:
@@ -59,17 +66,6 @@ def _best(function, shards: Shards, like: torch.Tensor) -> float:
         function()
         taken.append(clock(like) - start)
     return min(taken)
-
-
-def _all_reduce(tensor: torch.Tensor, shards: Shards) -> float:
-    return _best(lambda: dist.all_reduce(tensor, group=shards.group), shards, tensor) if dist.is_initialized() else 0.0
-
-
-def _all_gather(part: torch.Tensor, shards: Shards) -> float:
-    if not dist.is_initialized():
-        return 0.0
-    parts = [torch.empty_like(part) for _ in range(shards.world)]
-    return _best(lambda: dist.all_gather(parts, part, group=shards.group), shards, part)
 
 
 def clock(like: torch.Tensor) -> float:
