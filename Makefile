@@ -55,7 +55,7 @@ SAY_FAILED = { echo "$(ENV_DIR) could not be made, for the reason above; the nex
 
 # ---- Targets
 .PHONY: help env test lint reproduce-tiny distill-tiny reproduce-7b reproduce-13b reproduce-70b sensitivities ablation predict \
-  bench-peers check-prediction bench-gpu figures ledger notebooks tiny-model mlflow-ui clean clean-env
+  bench-peers bench-links check-prediction bench-gpu figures ledger notebooks tiny-model mlflow-ui clean clean-env
 
 help:  ## Show this list
 	@awk -F ':.*##  *' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -238,18 +238,29 @@ bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same 
 	$(PYTHON) -m spd bench-peers $(ARGS) --records runs/bench-peers --reproduction peers >/dev/null
 	$(PYTHON) -m spd report runs/bench-peers --out paper_figures/peers --records runs --reproduction peers >/dev/null
 
-# The predictor against measurement: fitted to some sizes, prompts, links and percentages, checked on others.
+LINKS ?= 100GBps,5us 10GBps,50us 2GBps,200us 1GBps,500us 500MBps,1ms 200MBps,2ms
+bench-links: $(READY)  ## What dropping gains on LINKS, emulated between two processes: figures 2 and 7 measured (minutes)
+	rm -rf runs/bench-links
+	set -e; for link in $(LINKS); do $(PYTHON) -m spd bench --shape $(or $(SHAPE),llama-33m) --tp 2 --link $$link --repeats 25 \
+	  --new-tokens 4 --percentages 0,25,50,75,100 --records runs/bench-links --reproduction links $(ARGS) >/dev/null; done
+	$(PYTHON) -m spd report runs/bench-links --out paper_figures/links --records runs --reproduction links >/dev/null
+
+# The predictor against measurement: fitted to some sizes, prompts, links and percentages, checked on others. The runs of
+# both are mixed, so that a machine that slows down or speeds up meanwhile does so for both.
 CHECK := runs/check-prediction
-TIMED = $(PYTHON) -m spd bench --tp 2 --new-tokens 4 --repeats 15 --no-mlflow --reproduction check-prediction
-check-prediction: $(READY)  ## Calibrate the latency model on this machine; errors on what it was not fitted to (minutes)
+TIMED := fitted/llama-8m/64/1GBps,1ms fitted/llama-125m/160/200MBps,2ms checked/llama-33m/96/500MBps,1500us \
+  fitted/llama-8m/160/200MBps,2ms fitted/llama-125m/64/1GBps,1ms checked/llama-8m/128/500MBps,1500us \
+  fitted/llama-8m/160/1GBps,1ms fitted/llama-125m/64/200MBps,2ms checked/llama-125m/128/500MBps,1500us \
+  fitted/llama-8m/64/200MBps,2ms fitted/llama-125m/160/1GBps,1ms checked/llama-33m/128/500MBps,1500us
+check-prediction: $(READY)  ## Calibrate the latency model on this machine; errors on what it was not fitted to (ten minutes)
 	rm -rf $(CHECK)
-	set -e; for shape in llama-8m llama-125m; do for tokens in 64 160; do for link in 1GBps,1ms 200MBps,2ms; do \
-	  $(TIMED) --shape $$shape --prompt-len $$tokens --link $$link --records $(CHECK)/fitted >/dev/null; done; done; done
-	set -e; for of in "llama-33m 96" "llama-33m 128" "llama-8m 128" "llama-125m 128"; do set -- $$of; \
-	  $(TIMED) --shape $$1 --prompt-len $$2 --link 500MBps,1500us --percentages 0,50,100 --records $(CHECK)/checked >/dev/null; done
-	$(PYTHON) -m spd profile $(CHECK)/fitted --check $(CHECK)/checked --statistic min --out $(CHECK)/machine.json \
+	set -e; for timed in $(TIMED); do set -- $$(echo $$timed | tr / ' '); \
+	  $(PYTHON) -m spd bench --tp 2 --new-tokens 4 --repeats 40 --no-mlflow --reproduction check-prediction \
+	  --shape $$2 --prompt-len $$3 --link $$4 --records $(CHECK)/$$1 \
+	  $$(test $$1 = fitted || echo --percentages 0,50,100) >/dev/null; done
+	$(PYTHON) -m spd profile $(CHECK)/fitted --check $(CHECK)/checked --out $(CHECK)/machine.json \
 	  --records $(CHECK)/records --reproduction check-prediction >/dev/null
-	$(PYTHON) -m spd report $(CHECK)/records $(CHECK)/checked --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
+	$(PYTHON) -m spd report $(CHECK)/records --out paper_figures/calibration --records runs --reproduction check-prediction >/dev/null
 
 ON_GPU = $(PYTHON) -m spd bench --device cuda --dtype bfloat16 --compile --new-tokens 64 --records runs/bench-gpu
 bench-gpu: $(READY)  ## On a GPU: 7B with random weights, and rank 0's share of 70B at tp=8, compiled and as CUDA graphs

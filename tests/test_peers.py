@@ -19,6 +19,7 @@ from spd.timing.peers import PeerSettings, compare, compare_all, degrees_of, wri
 from spd.timing.roofline import Rates, floors
 from spd.timing.static import Compiled, Eager
 from spd.track import make_record
+from spd.transport import PROCESS_GROUP, SHARED_MEMORY
 
 TINY = ModelConfig(96, 32, 64, 3, 4, 2, 8, 128)
 
@@ -75,13 +76,14 @@ def _against(runtime: Runtime, folder: str, tp: int) -> dict:
     return compare(runtime, folder, PeerSettings("tiny", "float32", tp, prompt_len=8, new_tokens=2, seconds=0))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_the_peer_has_the_same_weights_and_the_same_numbers(tmp_path, tp):
+@pytest.mark.parametrize(("tp", "transport"), [(1, PROCESS_GROUP), (2, PROCESS_GROUP), (2, SHARED_MEMORY)])
+def test_the_peer_has_the_same_weights_and_the_same_numbers(tmp_path, tp, transport):
     write_random(TINY, tmp_path, 0)
-    row = spawn(tp, _against, str(tmp_path), tp)
+    row = spawn(tp, _against, str(tmp_path), tp, transport=transport)
+    assert set(row["ratio"]) == {"spd"} | ({"spd_over_gloo"} if transport == SHARED_MEMORY else set())
     assert row["logits_differ"] < 1e-4 < row["logits_up_to"]
     assert row["spd"]["ttft_ms"]["repeats"] == row["transformers"]["ttft_ms"]["repeats"] == 5
-    assert row["ratio"]["ttft"] == row["transformers"]["ttft_ms"]["median"] / row["spd"]["ttft_ms"]["median"]
+    assert row["ratio"]["spd"]["ttft"] == row["transformers"]["ttft_ms"]["median"] / row["spd"]["ttft_ms"]["median"]
 
 
 def test_the_table_beside_transformers_says_who_is_ahead_or_why_there_is_no_peer():
@@ -89,7 +91,7 @@ def test_the_table_beside_transformers_says_who_is_ahead_or_why_there_is_no_peer
         return {kind: {"median": median, "spread": 0.5, "min": 1.0, "repeats": 7} for kind in ("ttft_ms", "tpot_ms")}
 
     both = {"shape": "llama-8m", "dtype": "float32", "tp": 1, "threads": 2, "spd": times(4.0), "logits_differ": 1e-6}
-    both |= {"transformers": times(5.0), "ratio": {"ttft": 1.25, "tpot": 1.25}}
+    both |= {"transformers": times(5.0), "ratio": {"spd": {"ttft": 1.25, "tpot": 1.25}}}
     alone = {
         "shape": "llama-8m",
         "dtype": "float32",
@@ -100,7 +102,7 @@ def test_the_table_beside_transformers_says_who_is_ahead_or_why_there_is_no_peer
     }
     result = {"rows": [both, alone], "batch": 1, "prompt_len": 128, "new_tokens": 8}
     (table,) = tables([make_record("bench-peers", {}, result, started=datetime.now(UTC))])
-    assert table.rows[0]["ttft_ratio"] == 1.25 and table.rows[0]["repeats"] == 7
+    assert table.rows[0]["spd_ttft_ratio"] == 1.25 and table.rows[0]["repeats"] == 7
     assert table.rows[1]["why_not"] == "OSError: no" and "transformers_ttft_ms" not in table.rows[1]
     assert all(len(cells) == len(table.formats) for cells in table.cells())
 

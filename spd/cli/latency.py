@@ -84,8 +84,7 @@ def bench_peers(
     prompt_len: Annotated[int, typer.Option(help="Tokens in the prompt.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded to time TPOT.", min=1)] = 8,
     seconds: Annotated[float, typer.Option(help="Repetitions of a row; from 5 to 50 of them in any case.")] = 12.0,
-    transport: Transport = None, seed: Seed = 0, out: Out = None, records: Records = RUNS,
-    reproduction: Reproduction = None, mlflow: MLflow = True,
+    seed: Seed = 0, out: Out = None, records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """Time to first token and per output token beside transformers': same weights, same threads, interleaved.
 
@@ -99,7 +98,7 @@ def bench_peers(
         rows = len(asked[0]) * len(asked[1]) * len(asked[2])
         setting = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens}
         with bar(rows, "rows") as done:
-            result = compare_all(*asked, transport, done, seconds=seconds, seed=seed, **setting)
+            result = compare_all(*asked, done, seconds=seconds, seed=seed, **setting)
         session.publish(result | setting)
 
 

@@ -8,12 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from spd.errors import SPDError
-from spd.report.ablation import ablation_sheets
-from spd.report.accuracy import accuracy_sheets
 from spd.report.figures import Sheet, finish, render, sheets
-from spd.report.method_figures import method_sheets
-from spd.report.predicted_figures import predicted_sheets
 from spd.report.records import Record, choose, load_records, provenance
+from spd.report.shelf import every_sheet
 from spd.report.table import Table
 from spd.report.tables import csv_of, embed, markdown, print_tables, tables
 from spd.track import write_bytes
@@ -46,15 +43,12 @@ def report(records: Iterable[Path | str], out: Path | str, page: Path | None = N
     a record is malformed, lacks a number, nothing can be drawn, or a file cannot be written.
     """
     loaded, out = load_records(records), Path(out)
-    single, combined = choose(loaded)
     found = tables(loaded)
     if not found:
         raise SPDError(
             "None of the records is of sensitivity, sweep, bench, tasks or a prediction: there is nothing to report."
         )
-    drawn = sheets(single, combined) + accuracy_sheets(single) + method_sheets(loaded, single)
-    drawn += ablation_sheets(loaded) + predicted_sheets(loaded)
-    content = {out / f"{s.name}.{form}": render(s, form) for s in drawn for form in ("svg", "png")}
+    content = {out / f"{s.name}.{form}": render(s, form) for s in every_sheet(loaded) for form in ("svg", "png")}
     content |= {out / f"{table.name}.csv": csv_of(table) for table in found}
     content[out / "tables.md"] = markdown(found).encode()
     if page is not None:

@@ -43,16 +43,19 @@ def perplexity_caption(sources: Sources) -> str:
     return f"{words} dashed: every sync point kept. {subject(record)}; {_data_words(record)}; {machine(record)}."
 
 
-def _setting(record: Record) -> str:
-    """The setting of a bench record: degree, processes and how they talk, batch, prompt, link."""
+def timing_words(record: Record) -> str:
+    """The setting of a bench record but for its link: degree, processes and how they talk, batch, prompt."""
     tp, world = number_in(record, "result", "tp"), number_in(record, "result", "world")
+    through = " (shared memory)" if record["result"].get("transport") == "shared-memory" else ""
+    words = f"tp={tp} on {world} process{'es' if world != 1 else ''}{through}"
+    batch, prompt = (number_in(record, "result", key) for key in ("batch", "prompt_len"))
+    return f"{words}, batch {batch}, {prompt} prompt tokens"
+
+
+def _setting(record: Record) -> str:
     link = record["result"].get("link")
-    through = {"shared-memory": " (shared memory)"}.get(record["result"].get("transport"), "")
-    words = f"tp={tp} on {world} process{'es' if world != 1 else ''}{through}, "
-    words += f"batch {number_in(record, 'result', 'batch')}, "
-    words += f"{number_in(record, 'result', 'prompt_len')} prompt tokens, "
     nccl = "".join(f", {name}={value}" for name, value in (record["result"].get("nccl") or {}).items())
-    return words + (f"emulated link {link}" if link else "no emulated link") + nccl
+    return f"{timing_words(record)}, {f'emulated link {link}' if link else 'no emulated link'}{nccl}"
 
 
 def ttft_caption(sources: Sources) -> str:

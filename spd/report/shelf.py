@@ -1,17 +1,27 @@
 """Figures, tables and claims of a folder of records by their names, for notebooks."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.report.ablation import ablation_sheets
 from spd.report.accuracy import accuracy_sheets
 from spd.report.figures import Sheet, sheets
 from spd.report.ledger import ledger
+from spd.report.link_figures import link_sheets
 from spd.report.method_figures import method_sheets
 from spd.report.predicted_figures import predicted_sheets
-from spd.report.records import choose, load_records
+from spd.report.records import Record, choose, load_records
 from spd.report.table import Table
 from spd.report.tables import tables
+
+
+def every_sheet(records: Sequence[Record]) -> list[Sheet]:
+    """All that `load_records`' records give to draw."""
+    single, combined = choose(records)
+    drawn = sheets(single, combined) + link_sheets(records) + accuracy_sheets(single) + method_sheets(records, single)
+    return drawn + ablation_sheets(records) + predicted_sheets(records)
 
 
 class Shelf:
@@ -22,10 +32,7 @@ class Shelf:
 
     @cached_property
     def figures(self) -> dict[str, Sheet]:
-        single, combined = choose(self.records)
-        drawn = sheets(single, combined) + accuracy_sheets(single) + method_sheets(self.records, single)
-        drawn += predicted_sheets(self.records)
-        return {sheet.name: sheet for sheet in drawn}
+        return {sheet.name: sheet for sheet in every_sheet(self.records)}
 
     @cached_property
     def tables(self) -> dict[str, Table]:

@@ -24,6 +24,7 @@ from spd.transport import PROCESS_GROUP
 SCHEMA = 1
 ELEMENT_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATISTICS = ("median", "min")
+SILENT = "no communication"
 COSTS = tuple(Costs.__dataclass_fields__)
 
 
@@ -103,7 +104,7 @@ def observations_of(record: Mapping, statistic: str = "median") -> list[Observat
         raise SPDError(f"Record {record.get('id')} is of {record.get('command')}, and a calibration needs bench's.")
     result, config = record["result"], _config_of(record)
     rows = [(f"{row['blocks_dropped']} dropped", row) for row in result["plans"]]
-    rows += [(name.replace("_", " "), row) for name, row in result["bounds"].items()]
+    rows += [(name.replace("_", " ") if row["communicates"] else SILENT, row) for name, row in result["bounds"].items()]
     return [o for name, row in rows for o in _observations(record, config, name, row, statistic)]
 
 
@@ -148,7 +149,7 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = (), statistic
     `statistic` says which time of a plan's repetitions counts: `median`, or `min` where other work on the machine
     only ever lengthens them.
 
-    `worst_error` and `speedup_points` (how far predicted and measured speedup against all full lie apart, in
+    `worst_error` and `speedup_points` (how far predicted and measured speedup of plans against all full lie apart, in
     percentage points) are given for TTFT and TPOT, of the records fitted and of those checked.
 
     Raises:
@@ -160,7 +161,8 @@ def profile(records: Sequence[Mapping], check: Sequence[Mapping] = (), statistic
         raise SPDError(f"Unknown statistic '{statistic}'; known: {', '.join(STATISTICS)}.")
     kinds = {_machine_of(record) for record in [*records, *check]}
     if len(kinds) > 1:
-        raise SPDError(f"The records are not of one machine, dtype, tp and transport: {'; '.join(sorted(map(str, kinds)))}.")
+        listed = "; ".join(sorted(map(str, kinds)))
+        raise SPDError(f"The records are not of one machine, dtype, tp and transport: {listed}.")
     fitted = [o for record in records for o in observations_of(record, statistic)]
     held_out = [o for record in check for o in observations_of(record, statistic)]
     calibration = fit(fitted)
@@ -193,9 +195,12 @@ def _machine_of(record: Mapping) -> tuple[str, str, str]:
 
 
 def _worst_points(rows: Sequence[Mapping]) -> float | None:
-    """Largest difference of predicted and measured speedup against `all full` of the same run, percentage points."""
+    """Largest difference of predicted and measured speedup against `all full` of the same run, percentage points.
+
+    Of plans: the bound without communication is no speedup that any plan has.
+    """
     found = []
-    for row in rows:
+    for row in (row for row in rows if row["plan"] != SILENT):
         key = {k: row[k] for k in ("model", "tp", "link", "batch", "prompt_len", "time")}
         full = next((r for r in rows if r["plan"] == "all full" and {k: r[k] for k in key} == key), None)
         if full is not None:

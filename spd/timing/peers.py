@@ -1,7 +1,8 @@
 """Side by side with transformers: the same weights, the same threads, one run, every repetition timing both.
 
 Each row of the comparison has processes of its own, so that neither engine meets what another row left behind. With
-several processes the peer is transformers' own tensor parallelism.
+several processes the peer is transformers' own tensor parallelism, over gloo; spd is timed over gloo beside it, and,
+where that works, through shared memory.
 """
 
 import random
@@ -21,11 +22,13 @@ from spd.checkpoint import SINGLE, random_tensors
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
+from spd.model import Transformer
 from spd.pretrained import DTYPES, SPDModel
 from spd.timing.bench import chosen_transport, spread
 from spd.track import hardware
+from spd.transport import ProcessGroup, SharedMemory, Transport
 
-ENGINES = ("spd", "transformers")
+SPD, OVER_GLOO, PEER = "spd", "spd_over_gloo", "transformers"
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,12 @@ class Engine(Protocol):
 
 
 class Ours:
-    def __init__(self, runtime: Runtime, folder: Path, settings: PeerSettings):
-        shards = runtime.shards(settings.tp)
-        self.model = SPDModel.from_pretrained(folder, shards=shards, dtype=settings.dtype).transformer
-        self.cache = self.model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
+    def __init__(self, model: Transformer, transport: Transport | None, settings: PeerSettings):
+        self.model, self.transport = model, transport
+        self.cache = model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
 
     def start(self) -> None:
-        self.cache.length = 0
+        self.cache.length, self.model.shards.transport = 0, self.transport
 
     def step(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, self.cache, last_only=True)[:, -1]
@@ -67,7 +69,7 @@ class Ours:
 class Theirs:
     """transformers at its leanest: SDPA, its own cache, logits of the last token only, no `generate` around it."""
 
-    def __init__(self, runtime: Runtime, folder: Path, settings: PeerSettings):
+    def __init__(self, folder: str, settings: PeerSettings):
         from transformers import LlamaForCausalLM
         from transformers.distributed import DistributedConfig
         from transformers.utils import logging
@@ -92,24 +94,38 @@ def compare(runtime: Runtime, folder: str, settings: PeerSettings) -> dict:
     """Times both engines on the weights in `folder`; every process must call it.
 
     Returns:
-        `ttft_ms` and `tpot_ms` of each engine, the ratios (transformers over spd: above 1 spd is ahead), and how far
+        `ttft_ms` and `tpot_ms` of each engine, the ratios (transformers over ours: above 1 we are ahead), and how far
         the logits lie apart. Where transformers cannot split the model, `why_not` says what it raised.
     """
-    ours, why_not = Ours(runtime, Path(folder), settings), None
+    engines, why_not = _ours(runtime, folder, settings), {}
     try:
-        engines: list[Engine] = [ours, Theirs(runtime, Path(folder), settings)]
+        engines[PEER] = Theirs(folder, settings)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        engines, why_not = [ours], f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why_not = {"why_not": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     generator = torch.Generator().manual_seed(settings.seed)
-    prompt = torch.randint(ours.model.config.vocab_size, (settings.batch, settings.prompt_len), generator=generator)
-    times = _interleaved(engines, prompt, settings)
+    size = settings.batch, settings.prompt_len
+    prompt = torch.randint(engines[SPD].model.config.vocab_size, size, generator=generator)
     row = {"shape": settings.shape, "dtype": settings.dtype, "tp": settings.tp, "threads": torch.get_num_threads()}
-    for name, taken in zip(ENGINES, times, strict=False):
+    for name, taken in zip(engines, _interleaved(list(engines.values()), prompt, settings), strict=True):
         row[name] = {"ttft_ms": spread([t for t, _ in taken]), "tpot_ms": spread([t for _, t in taken])}
-    if why_not is not None:
-        return row | {"why_not": why_not}
-    ratio = {kind: row["transformers"][kind]["median"] / row["spd"][kind]["median"] for kind in ("ttft_ms", "tpot_ms")}
-    return row | {"ratio": {"ttft": ratio["ttft_ms"], "tpot": ratio["tpot_ms"]}, **_agreement(engines, prompt)}
+    if PEER not in engines:
+        return row | why_not
+    ratios = {name: _ratio(row[PEER], row[name]) for name in engines if name != PEER}
+    return row | {"ratio": ratios, **_agreement((engines[SPD], engines[PEER]), prompt)}
+
+
+def _ours(runtime: Runtime, folder: str, settings: PeerSettings) -> dict[str, Engine]:
+    """The same model once for each transport it can use here."""
+    shards = runtime.shards(settings.tp)
+    model = SPDModel.from_pretrained(folder, shards=shards, dtype=settings.dtype).transformer
+    engines: dict[str, Engine] = {SPD: Ours(model, shards.transport, settings)}
+    if isinstance(shards.transport, SharedMemory):
+        engines[OVER_GLOO] = Ours(model, ProcessGroup(), settings)
+    return engines
+
+
+def _ratio(theirs: dict, ours: dict) -> dict[str, float]:
+    return {kind: theirs[f"{kind}_ms"]["median"] / ours[f"{kind}_ms"]["median"] for kind in ("ttft", "tpot")}
 
 
 def _agreement(engines: Sequence[Engine], prompt: Tensor) -> dict:
@@ -157,7 +173,6 @@ def compare_all(
     shapes: Sequence[str],
     dtypes: Sequence[str],
     degrees: Sequence[int],
-    transport: str | None = None,
     progress: Callable[[int], None] = lambda n: None,
     **more,
 ) -> dict:
@@ -173,14 +188,14 @@ def compare_all(
         raise SPDError(f"Unknown dtype '{unknown[0]}'; known: {', '.join(DTYPES)}.")
     if max(degrees) > cores():
         raise SPDError(f"{max(degrees)} processes on {cores()} cores would time nothing but their waiting.")
-    rows, transport = [], chosen_transport(transport)
+    rows, transport = [], chosen_transport(None)
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             write_random(named_shape(shape), Path(folder), more.get("seed", 0))
             for dtype, tp in product(dtypes, degrees):
                 rows.append(spawn(tp, compare, folder, PeerSettings(shape, dtype, tp, **more), transport=transport))
                 progress(1)
-    ratios = [ratio for row in rows for ratio in row.get("ratio", {}).values()]
+    ratios = [ratio for row in rows for engine in row.get("ratio", {}).values() for ratio in engine.values()]
     return {
         "rows": rows, "least_ratio": min(ratios, default=None), "transport": transport, "hardware": hardware()
     }  # fmt: skip
