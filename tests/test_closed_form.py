@@ -13,25 +13,17 @@ from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.data import read_windows
 from spd.errors import SPDError
-from spd.evaluate import perplexity
+from spd.evaluate import batches, perplexity
 from spd.model import Transformer
-from spd.plan import DROP, FULL, Plan
+from spd.plan import FULL, SPD_BLOCK, TP_BLOCK, Plan
 from spd.pretrained import SPDModel, build
 from spd.repair.assignment import balanced_assignment
-from spd.repair.closed_form import (
-    Calibration,
-    Options,
-    Site,
-    _grouping_cost,
-    output_error,
-    placement_costs,
-    refit,
-    repair_block,
-    repair_model,
-    search_heads,
-)
+from spd.repair.closed_form import Options, repair_block
 from spd.repair.least_squares import Moments, Rows, best_ridge
 from spd.repair.permute import permute_heads, permute_neurons
+from spd.repair.place import _grouping_cost, placement_costs, search_heads
+from spd.repair.refit import refit
+from spd.repair.site import Calibration, Site, output_error
 from spd.transport import ProcessGroup
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -218,9 +210,9 @@ def test_search_of_heads_has_nothing_to_do_with_one_group_a_shard():
 @pytest.mark.parametrize("attention", [False, True])
 def test_sweeps_over_shards_converge_to_the_joint_solution(attention):
     changed = []
-    for options in (Options(), Options(joint_features=0, sweeps=200)):
+    for limits in ({}, {"joint_features": 0, "sweeps": 200}):
         site, data = _first_block(_model())
-        refit(site, data, options, attention, ridge=1e-3)
+        refit(site, data, attention, ridge=1e-3, **limits)
         changed.append(_copy(site.block))
     for joint, swept in zip(changed[0].values(), changed[1].values(), strict=True):
         torch.testing.assert_close(joint, swept, rtol=0, atol=2e-4)  # float32 products in every sweep
@@ -235,7 +227,7 @@ def test_few_tokens_give_the_joint_solution_in_its_dual_form(attention, monkeypa
         assert data.tokens == 20
         if pretended:
             monkeypatch.setattr(Calibration, "tokens", pretended)
-        refit(site, data, Options(), attention, ridge=1e-2)
+        refit(site, data, attention, ridge=1e-2)
         changed.append(_copy(site.block))
     for rows, joint in zip(changed[0].values(), changed[1].values(), strict=True):
         torch.testing.assert_close(rows, joint, rtol=0, atol=2e-4)
@@ -244,7 +236,7 @@ def test_few_tokens_give_the_joint_solution_in_its_dual_form(attention, monkeypa
 def test_few_sweeps_already_help():
     site, data = _first_block(_model())
     before = output_error(site, data)
-    refit(site, data, Options(joint_features=0, sweeps=3), ridge=1e-3)
+    refit(site, data, ridge=1e-3, joint_features=0, sweeps=3)
     assert output_error(site, data) < before
 
 
@@ -309,25 +301,39 @@ def test_a_block_whose_output_is_not_finite_is_left_alone():
     assert _unchanged(site.block, before)
 
 
+def _repair(model: Transformer, plan: Plan, tokens: torch.Tensor, **options) -> list[int]:
+    """Repairs what the plan drops, each block on what those before it give now; sets the plan. Their numbers."""
+    model.plan = plan
+    student = [model.embed(batch).x for batch in batches(tokens)]
+    teacher, repaired = list(student), []
+    for i, policies in enumerate(plan.blocks):
+        teacher = _run(model, i, teacher, TP_BLOCK)
+        if policies == SPD_BLOCK:
+            site = Site(model.blocks[i], i, model.shards, model.config)
+            repair_block(site, Calibration(student, teacher, model.context), Options(**options))
+            repaired.append(i)
+        student = _run(model, i, student, policies)
+    return repaired
+
+
+def _run(model: Transformer, i: int, streams: list[torch.Tensor], policies: tuple) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model.run_block(i, Stream(x), policies, model.context(Stream(x))).x for x in streams]
+
+
 def test_only_dropped_blocks_change():
     model = _model()
     before = [_copy(block) for block in model.blocks]
-    reports = repair_model(model, Plan.from_letters("FF DF"), TOKENS)
-    assert [report["index"] for report in reports] == [1] and str(model.plan) == "FF DF"
+    assert _repair(model, Plan.from_letters("FF DF"), TOKENS) == [1]
     pairs = zip(model.blocks, before, strict=True)
     assert [_unchanged(block, old) for block, old in pairs] == [True, False]
-
-
-def test_other_plans_are_refused():
-    with pytest.raises(SPDError, match="Only dropped attention syncs"):
-        repair_model(_model(), Plan(((FULL, DROP), (FULL, FULL))), TOKENS)
 
 
 def _process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = _model(shards=Shards(4, rank, world, ProcessGroup()))
-    repair_model(model, Plan.from_letters("DF DF"), TOKENS, Options(joint_features=0, sweeps=5))
+    _repair(model, Plan.from_letters("DF DF"), TOKENS, joint_features=0, sweeps=5)
     logits = model(TOKENS)
     if rank == 0:
         torch.save(logits, f"{folder}/logits.pt")
@@ -337,7 +343,7 @@ def _process(rank: int, world: int, folder: str) -> None:
 def test_processes_repair_as_one_does(tmp_path: Path):
     mp.spawn(_process, args=(2, str(tmp_path)), nprocs=2)
     model = _model()
-    repair_model(model, Plan.from_letters("DF DF"), TOKENS, Options(joint_features=0, sweeps=5))
+    _repair(model, Plan.from_letters("DF DF"), TOKENS, joint_features=0, sweeps=5)
     torch.testing.assert_close(
         torch.load(tmp_path / "logits.pt"), model(TOKENS), rtol=0, atol=5e-3
     )  # logits of size 10; float32 sums in another order
@@ -353,6 +359,6 @@ def test_a_real_model_recovers_on_text_it_was_not_fitted_to():
     plan = Plan.dropping(5, range(5))
     loaded.plan = plan
     before = perplexity(loaded.transformer, evaluation)["perplexity"]
-    repair_model(loaded.transformer, plan, calibration, Options(refit_attention=False))
+    _repair(loaded.transformer, plan, calibration, refit_attention=False)
     after = perplexity(loaded.transformer, evaluation)["perplexity"]
     assert before > 9 and after < 8

@@ -256,6 +256,8 @@ def test_mistakes_are_said_in_words(folder, tmp_path):
             Options.of(**options)
     with pytest.raises(SPDError, match="1 calibration window"):
         distill(SPDModel.from_pretrained(folder, 4), TOKENS[:1], document(), QUICK, tmp_path)
+    with pytest.raises(SPDError, match="^Only dropped attention syncs can be repaired"):
+        repair(folder, tmp_path, letters=LETTERS.replace("DF", "FD"))
     with pytest.raises(SPDError, match="float32"):
         distill(SPDModel.from_pretrained(folder, 4, dtype="bfloat16"), TOKENS, document(), QUICK, tmp_path)
 

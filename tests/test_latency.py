@@ -15,7 +15,18 @@ from spd.config import SHAPES
 from spd.errors import SPDError
 from spd.plan import Plan
 from spd.report import report, tables
-from spd.timing.calibration import Calibration, fit, observations_of, over_link, profile, read_calibration, worst
+from spd.report.shelf import every_sheet
+from spd.timing.calibration import (
+    Calibration,
+    _worst_points,
+    fit,
+    observations_of,
+    over_link,
+    profile,
+    read_calibration,
+    speedups,
+    worst,
+)
 from spd.timing.decode_check import decode_check, observations
 from spd.timing.latency import Prediction, Setting, predict, syncs_at
 from spd.timing.machines import (
@@ -351,7 +362,20 @@ def test_the_errors_of_a_calibration_are_tabled():
     result = json.loads(json.dumps(profile(grid(), [bench_record(prompt_len=17)])))
     (table,) = tables([make_record("profile", {}, result, started=datetime.now(UTC))])
     assert table.name == "calibration" and len(table.rows) == 17 * 8  # four plans and bounds, two times each
-    assert "TTFT checked: error up to 0.0%" in table.caption and all(table.cells())
+    assert "TTFT checked 0.0% and 0.0 points" in table.caption and all(table.cells())
+    (sheet,) = every_sheet([make_record("profile", {}, result, started=datetime.now(UTC))])
+    left, right = sheet.figure.axes
+    assert sum(len(line.get_xdata()) for line in left.lines) == 17 * 8 + 2  # and the line at 0
+    assert sum(len(line.get_xdata()) for line in right.lines) == 17 * 6 + 2  # no bound without communication
+
+
+def test_speedups_are_of_plans_against_all_full_of_their_run():
+    rows = profile([bench_record(link="1GBps,5ms"), bench_record(link="10GBps,5us", noise=1.1)])["errors"]["fitted"]
+    found = speedups([row for row in rows if row["time"] == "TTFT"])
+    measured = [m for m, _ in found]
+    assert len(found) == 6 and measured[1] == measured[4] == 1  # all full, of both runs
+    assert measured[2] > measured[0] > measured[3] > 1 and measured[2] > measured[5]
+    assert _worst_points([]) is None
 
 
 def test_an_emulated_link_is_known_and_not_fitted():
@@ -366,6 +390,10 @@ def test_calibrations_refuse_what_does_not_belong_together(tmp_path):
     other["hardware"]["cpu"] = "Another"
     with pytest.raises(SPDError, match="not of one machine"):
         profile([bench_record(), other])
+    elsewhere = copy.deepcopy(bench_record())
+    elsewhere["result"]["transport"] = "shared-memory"
+    with pytest.raises(SPDError, match="tp=2, process-group.*tp=2, shared-memory"):
+        profile([bench_record(), elsewhere])
     with pytest.raises(SPDError, match="records of bench"):
         profile([])
     with pytest.raises(SPDError, match="of eval"):

@@ -14,6 +14,7 @@ from spd.kernels import linear
 from spd.launch import Runtime, spawn
 from spd.model import Rotary, rotate
 from spd.report import tables
+from spd.report.shelf import every_sheet
 from spd.timing.bench import BenchSettings, _gained, _Sample, run
 from spd.timing.peers import PeerSettings, compare, compare_all, degrees_of, write_random
 from spd.timing.roofline import Rates, floors
@@ -31,6 +32,10 @@ def test_products_are_the_same_whoever_computes_them(rows):
     expected = x.double() @ weight.double().T
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight).double(), expected, rtol=0, atol=1e-3)
+        row = torch.randn(1, 1, 1, 1024, generator=generator).bfloat16()  # large enough for a way of its own
+        wide = torch.randn(4096, 1024, generator=generator).bfloat16()
+        assert linear(row, wide).shape == (1, 1, 1, 4096)
+        torch.testing.assert_close(linear(row, wide), torch.nn.functional.linear(row, wide), rtol=2**-7, atol=0.5)
     weight.requires_grad_()
     linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad[0], x.sum((0, 1)), rtol=1e-4, atol=1e-3)
@@ -101,7 +106,9 @@ def test_the_table_beside_transformers_says_who_is_ahead_or_why_there_is_no_peer
         "why_not": "OSError: no",
     }
     result = {"rows": [both, alone], "batch": 1, "prompt_len": 128, "new_tokens": 8}
-    (table,) = tables([make_record("bench-peers", {}, result, started=datetime.now(UTC))])
+    record = make_record("bench-peers", {}, result, started=datetime.now(UTC))
+    (table,), (sheet,) = tables([record]), every_sheet([record])
+    assert [label.get_text() for label in sheet.figure.axes[0].get_yticklabels()] == ["llama-8m, float32, tp=1"]
     assert table.rows[0]["spd_ttft_ratio"] == 1.25 and table.rows[0]["repeats"] == 7
     assert table.rows[1]["why_not"] == "OSError: no" and "transformers_ttft_ms" not in table.rows[1]
     assert all(len(cells) == len(table.formats) for cells in table.cells())

@@ -314,3 +314,34 @@ def test_accuracies_of_sweeps_and_of_a_plan(put, tmp_path):
     del swept["curve"][1]["average"]["compared"]["p"]
     with pytest.raises(SPDError, match=r"has no result.curve.1.tasks.piqa.compared.p, which the report needs"):
         tables(load_records([put("sweep", swept)]))
+
+
+def _over(link: str, latency: float, **more) -> dict:
+    """A bench record's result whose all-reduces take `latency` ms each, beside 20 ms of computation."""
+    rates = {"matrix_gflops": 90.0, "memory_gb_per_s": 20.0, "all_reduce": {"ttft_ms": 0.1}}
+    result = _bench() | {"link": link, "transport": "shared-memory", "dtype": "float32", "rates": rates, **more}
+    for plan in result["plans"]:
+        count = sum(point["count"] for point in plan["collectives"].values())
+        plan["ttft_ms"] = _times(20.0 + latency * count)
+        plan["collectives"] = {"mlp": {"count": count, "bytes": 64, "real_ms": 0.0, "emulated_ms": latency * count}}
+        plan["floor"] = {"ttft_ms": 10.0 + latency * count, "ttft_communication_ms": latency * count}
+    return result
+
+
+def test_links_are_compared_where_nothing_else_differs(put, tmp_path):
+    put("bench", _over("1GBps,9ms", 9.0, prompt_len=99), tp=2)  # another prompt
+    put("bench", _over("1GBps,5ms", 7.0), tp=2)  # timed again below
+    records = [put("bench", _over(f"1GBps,{n}ms", n), tp=2) for n in (1, 5, 3)]
+    report(records[0].parent.glob("*.json"), tmp_path / "out")
+    rows = _rows(tmp_path / "out/links.csv")
+    assert [row["link"] for row in rows[::3]] == ["1GBps, 5ms", "1GBps, 3ms", "1GBps, 1ms"]
+    slowest = [row for row in rows if row["link"] == "1GBps, 5ms"]
+    assert [float(row["transfer_ms"]) for row in slowest] == [40, 30, 20]
+    assert float(slowest[-1]["speedup"]) == float(slowest[-1]["formula_speedup"]) == 60 / 40
+    svg = (tmp_path / "out/links.svg").read_text()
+    assert "shared memory" in svg and "by formula" in svg
+
+
+def test_one_link_is_no_comparison(put, tmp_path):
+    written = report([put("bench", _over("1GBps,1ms", 1.0), tp=2)], tmp_path / "out")["files"]
+    assert not [path for path in written if "links" in path]

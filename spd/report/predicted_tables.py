@@ -1,4 +1,4 @@
-"""Tables of predictions: records of `predict-paper` and of `profile`."""
+"""Tables of predictions: records of `predict-paper`."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,9 @@ DECODE_COSTS = {
 
 
 def predicted_tables(records: Sequence[Record]) -> list[Table]:
-    """Tables of the newest `predict-paper` record and of the newest calibration."""
-    chosen, profile = newest(records, "predict-paper"), newest(records, "profile")
-    found = [] if chosen is None else [make(chosen) for make in (_claims, _fits, _summary, _transfers, _decode_errors)]
-    return found + ([] if profile is None else [_profile_errors(profile)])
+    """Tables of the newest `predict-paper` record."""
+    chosen = newest(records, "predict-paper")
+    return [] if chosen is None else [make(chosen) for make in (_claims, _fits, _summary, _transfers, _decode_errors)]
 
 
 def _claims(record: Record) -> Table:
@@ -105,19 +104,3 @@ def _decode_errors(record: Record) -> Table:
                       checks.items())  # fmt: skip
     caption = f"Time a step of the decode benchmark; error of predictions of rows that were not fitted. {worst}."
     return Table("predicted-decode", caption, rows, formats, [record])
-
-
-def _profile_errors(record: Record) -> Table:
-    rows = [{"use": use, **row} for use, found in value_in(record, "result", "errors").items() for row in found]
-    formats = dict.fromkeys(("use", "model", "tp", "link", "batch", "prompt_len", "plan", "time"), "")
-    formats |= {"measured_ms": ".3f", "predicted_ms": ".3f", "error": "+.1%"}
-    words = [_errors_in_words(record, use, kind) for use in ("fitted", "checked") for kind in ("TTFT", "TPOT")]
-    how = {"min": "Least", "median": "Median"}[record["result"].get("statistic", "median")]
-    caption = f"{how} times of the repetitions and a calibration's predictions on {value_in(record, 'result', 'name')}."
-    caption = " ".join([caption, *filter(None, words)])
-    return Table("calibration", caption, rows, formats, [record])
-
-
-def _errors_in_words(record: Record, use: str, kind: str) -> str | None:
-    error, points = (record["result"][key][use][kind] for key in ("worst_error", "speedup_points"))
-    return None if None in (error, points) else f"{kind} {use}: error up to {error:.1%}, speedup {points:.1f} points."

@@ -7,10 +7,12 @@ from pathlib import Path
 from spd.errors import SPDError
 from spd.report.ablation import ablation_sheets
 from spd.report.accuracy import accuracy_sheets
+from spd.report.calibration import calibration_sheets
 from spd.report.figures import Sheet, sheets
 from spd.report.ledger import ledger
 from spd.report.link_figures import link_sheets
 from spd.report.method_figures import method_sheets
+from spd.report.peers import peer_sheets
 from spd.report.predicted_figures import predicted_sheets
 from spd.report.records import Record, choose, load_records
 from spd.report.table import Table
@@ -21,7 +23,8 @@ def every_sheet(records: Sequence[Record]) -> list[Sheet]:
     """All that `load_records`' records give to draw."""
     single, combined = choose(records)
     drawn = sheets(single, combined) + link_sheets(records) + accuracy_sheets(single) + method_sheets(records, single)
-    return drawn + ablation_sheets(records) + predicted_sheets(records)
+    drawn += ablation_sheets(records) + peer_sheets(records)
+    return drawn + predicted_sheets(records) + calibration_sheets(records)
 
 
 class Shelf:

@@ -11,10 +11,11 @@ from spd.errors import SPDError
 from spd.report.ablation import ablation_tables
 from spd.report.accuracy import accuracy_tables
 from spd.report.budget_tables import budget_tables
+from spd.report.calibration import calibration_tables
 from spd.report.captions import perplexity_caption, rates_words, sensitivity_caption, ttft_caption
 from spd.report.link_figures import link_tables
 from spd.report.method_figures import method_tables
-from spd.report.peer_tables import peer_tables
+from spd.report.peers import peer_tables
 from spd.report.predicted_tables import predicted_tables
 from spd.report.records import (
     Record,
@@ -43,7 +44,9 @@ def tables(records: Sequence[Record]) -> list[Table]:
         if sources.bench:
             found.append(_ttft_table(sources))
     found += link_tables(records) + ablation_tables(records) + accuracy_tables(records) + method_tables(records)
-    return found + peer_tables(records) + predicted_tables(records) + budget_tables(records)
+    return (
+        found + peer_tables(records) + predicted_tables(records) + calibration_tables(records) + budget_tables(records)
+    )
 
 
 def _sensitivity_table(sources: Sources) -> Table:

@@ -77,11 +77,8 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
     _check_length(model, settings)
     if settings.share_of is not None:
         return _share(model, settings, progress)
-    blocks = model.config.num_blocks
-    plans = [Plan.from_letters(letters) for letters in settings.plans]
-    bounds = [Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks)), Plan.full(blocks)]
-    bounds = list(zip(bounds, (False, False, True), strict=True))
-    cases = list(dict.fromkeys([(plan, False) for plan in plans] + bounds))  # a plan that is a bound is timed once
+    plans, bounds = _cases(settings)
+    cases = list(dict.fromkeys(plans + bounds))  # a plan that is a bound is timed once
     samples = dict(zip(cases, _interleaved(model, cases, settings, progress), strict=True))
     rates = measure(model, settings.batch, settings.prompt_len)
     rows = {case: _row(*case, taken) | _gained(samples[bounds[0]], taken) for case, taken in samples.items()}
@@ -90,9 +87,17 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
         row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, syncs)
     return {
         "rates": described(rates),
-        "plans": [rows[plan, False] for plan in plans],
+        "plans": [rows[case] for case in plans],
         "bounds": {name: rows[case] for name, case in zip(BOUNDS, bounds, strict=True)},
     }
+
+
+def _cases(settings: BenchSettings) -> tuple[list, list]:
+    """The plans asked for, and those of the `BOUNDS`, each with whether its collectives are left out."""
+    plans = [Plan.from_letters(letters) for letters in settings.plans]
+    blocks = len(plans[0])
+    full, dropped = Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks))
+    return [(plan, False) for plan in plans], [(full, False), (dropped, False), (full, True)]
 
 
 def _share(model: Transformer, settings: BenchSettings, progress: Callable[[int], None]) -> dict:
@@ -329,6 +334,8 @@ def _check_share(runtime: Runtime, tp: int, settings: BenchSettings) -> None:
 
 def with_bar(runtime: Runtime, settings: BenchSettings) -> dict:
     """`bench`, showing progress on the process that leads."""
-    total = (settings.repeats + settings.warmup) * (len(settings.plans) + len(BOUNDS))  # or less: some are both
+    plans, bounds = _cases(settings)
+    cases = 1 if settings.share_of is not None else len({*plans, *bounds})
+    total = (settings.repeats + settings.warmup) * cases
     with bar(total, "timings", shown=runtime.leads) as done:
         return bench(runtime, settings, done)

@@ -195,18 +195,21 @@ def _machine_of(record: Mapping) -> tuple[str, str, str]:
 
 
 def _worst_points(rows: Sequence[Mapping]) -> float | None:
-    """Largest difference of predicted and measured speedup against `all full` of the same run, percentage points.
+    return max((100 * abs(measured - predicted) for measured, predicted in speedups(rows)), default=None)
+
+
+def speedups(rows: Sequence[Mapping]) -> list[tuple[float, float]]:
+    """Measured and predicted speedup of `errors`' rows against `all full` of the same run.
 
     Of plans: the bound without communication is no speedup that any plan has.
     """
-    found = []
-    for row in (row for row in rows if row["plan"] != SILENT):
-        key = {k: row[k] for k in ("model", "tp", "link", "batch", "prompt_len", "time")}
-        full = next((r for r in rows if r["plan"] == "all full" and {k: r[k] for k in key} == key), None)
-        if full is not None:
-            predicted, measured = (full[k] / row[k] for k in ("predicted_ms", "measured_ms"))
-            found.append(100 * abs(predicted - measured))
-    return max(found, default=None)
+    found, same_run = [], ("model", "tp", "link", "batch", "prompt_len", "time")
+    full = {tuple(row[k] for k in same_run): row for row in rows if row["plan"] == "all full"}
+    for row in rows:
+        base = full.get(tuple(row[k] for k in same_run))
+        if base is not None and row["plan"] != SILENT:
+            found.append(tuple(base[k] / row[k] for k in ("measured_ms", "predicted_ms")))
+    return found
 
 
 def read_calibration(path: Path) -> tuple[Machine, FittedAllReduce]:

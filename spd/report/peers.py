@@ -1,12 +1,56 @@
-"""The table beside transformers: records of `bench-peers`."""
+"""spd beside transformers: records of `bench-peers`."""
 
 from collections.abc import Sequence
 
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from spd.report.captions import machine
+from spd.report.figures import Sheet, finish, style
 from spd.report.records import Record, newest, number_in, value_in
 from spd.report.table import Table
 
 ENGINES = ("spd", "spd_over_gloo", "transformers")
+COLOURS = dict(zip(ENGINES, sns.color_palette("colorblind"), strict=False))
+TIMES = {"ttft": "time to first token", "tpot": "time per output token"}
+
+
+def peer_sheets(records: Sequence[Record]) -> list[Sheet]:
+    """How many times transformers' times are spd's, from the newest `bench-peers` record; none without one."""
+    record = newest(records, "bench-peers")
+    if record is None:
+        return []
+    rows = [row for row in (_row(record, i) for i in _range(record)) if "spd_ttft_ratio" in row][::-1]
+    with style():
+        figure = Figure(figsize=(9.0, 1.6 + 0.34 * len(rows)), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for ax, (kind, title) in zip(axes, TIMES.items(), strict=True):
+            _ratios(ax, rows, kind, title)
+        axes[0].set_yticks(range(len(rows)), [f"{row['shape']}, {row['dtype']}, tp={row['tp']}" for row in rows])
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        finish(figure, _caption(record))
+    return [Sheet("peers", "Beside transformers", _caption(record), [record], figure)]
+
+
+def _ratios(ax: Axes, rows: Sequence[dict], kind: str, title: str) -> None:
+    names = {"spd": "spd", "spd_over_gloo": "spd, over gloo as transformers"}
+    for shift, (engine, name) in zip((0.19, -0.19), names.items(), strict=True):
+        of_engine = [
+            (i, row[f"{engine}_{kind}_ratio"]) for i, row in enumerate(rows) if f"{engine}_{kind}_ratio" in row
+        ]
+        places, ratios = [i + shift for i, _ in of_engine], [ratio for _, ratio in of_engine]
+        bars = ax.barh(places, ratios, height=0.36, color=COLOURS[engine], label=name, linewidth=0)
+        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    ax.axvline(1, color="0.25", linewidth=1)
+    ax.set(title=title, xlabel="transformers / spd")
+    ax.margins(x=0.12)
+    ax.grid(visible=False, axis="y")
+
+
+def _range(record: Record) -> range:
+    return range(len(value_in(record, "result", "rows")))
 
 
 def peer_tables(records: Sequence[Record]) -> list[Table]:
@@ -16,7 +60,7 @@ def peer_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def _peers(record: Record) -> Table:
-    rows = [_row(record, i) for i in range(len(value_in(record, "result", "rows")))]
+    rows = [_row(record, i) for i in _range(record)]
     formats = {"shape": "", "dtype": "", "tp": "d", "threads": "d"}
     for kind in ("ttft", "tpot"):
         for engine in (e for e in ENGINES if any(f"{e}_{kind}_ms" in row for row in rows)):
@@ -26,9 +70,13 @@ def _peers(record: Record) -> Table:
     if any("why_not" in row for row in rows):
         formats |= {"why_not": ""}
     formats |= {"repeats": "d", "logits_differ": ".1e"}
+    return Table("peers", _caption(record), rows, formats, [record])
+
+
+def _caption(record: Record) -> str:
     said = {"batch": "in the batch", "prompt_len": "prompt tokens", "new_tokens": "decoded"}
     setting = ", ".join(f"{number_in(record, 'result', key)} {words}" for key, words in said.items())
-    caption = (
+    return (
         "Time to first token and per output token beside transformers"
         f" {value_in(record, 'versions', 'transformers')} (SDPA; with tp processes its own tensor parallelism, tp_plan"
         " auto over gloo): the same random weights, the same threads a process, medians of interleaved repetitions and"
@@ -36,7 +84,6 @@ def _peers(record: Record) -> Table:
         " way transformers does. ratio = transformers / spd of the medians, above 1 where spd is ahead; logits_differ:"
         f" the largest difference of the first token's logits. {setting}; {machine(record)}."
     )
-    return Table("peers", caption, rows, formats, [record])
 
 
 def _row(record: Record, i: int) -> dict:
