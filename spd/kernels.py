@@ -6,7 +6,7 @@ from torch import Tensor
 
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALL = 1 << 20  # multiply-adds below which oneDNN's call costs more than it gains
-LARGE = 1 << 22  # weights above which two bfloat16 rows take less time than one
+LONG, LARGE = 1 << 10, 1 << 22  # rows, and weights, from which on two bfloat16 rows take less time than one
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -22,7 +22,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     if x.dtype is torch.float32 and x.numel() * weight.shape[0] >= SMALL:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if x.dtype is torch.bfloat16 and x.numel() == x.shape[-1] and weight.numel() >= LARGE:
+    single_long_row = x.numel() == x.shape[-1] >= LONG
+    if x.dtype is torch.bfloat16 and single_long_row and weight.numel() >= LARGE:
         twice = F.linear(x.reshape(1, -1).expand(2, -1).contiguous(), weight)
         return twice[:1].view(*x.shape[:-1], -1)
     return F.linear(x, weight)

@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -206,8 +206,8 @@ class Sheet:
     name: str
     title: str
     caption: str
-    records: Sequence[Record]
-    figure: Figure
+    records: Sequence[Record] = field(repr=False)
+    figure: Figure = field(repr=False)
 
     def _repr_png_(self) -> bytes:
         """How a notebook shows it."""
