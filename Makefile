@@ -241,7 +241,7 @@ bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same 
 LINKS ?= 100GBps,5us 10GBps,50us 2GBps,200us 1GBps,500us 500MBps,1ms 200MBps,2ms
 bench-links: $(READY)  ## What dropping gains on LINKS, emulated between two processes: figures 2 and 7 measured (minutes)
 	rm -rf runs/bench-links
-	set -e; for link in $(LINKS); do $(PYTHON) -m spd bench --shape $(or $(SHAPE),llama-33m) --tp 2 --link $$link --repeats 25 \
+	set -e; for link in $(LINKS); do $(PYTHON) -m spd bench --shape $(or $(SHAPE),llama-33m) --tp 2 --link $$link --repeats 40 \
 	  --new-tokens 4 --percentages 0,25,50,75,100 --records runs/bench-links --reproduction links $(ARGS) >/dev/null; done
 	$(PYTHON) -m spd report runs/bench-links --out paper_figures/links --records runs --reproduction links >/dev/null
 

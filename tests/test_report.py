@@ -324,6 +324,7 @@ def _over(link: str, latency: float, **more) -> dict:
         count = sum(point["count"] for point in plan["collectives"].values())
         plan["ttft_ms"] = _times(20.0 + latency * count)
         plan["collectives"] = {"mlp": {"count": count, "bytes": 64, "real_ms": 0.0, "emulated_ms": latency * count}}
+        plan["communication_ms"] = {"median": latency * count}
         plan["floor"] = {"ttft_ms": 10.0 + latency * count, "ttft_communication_ms": latency * count}
     return result
 

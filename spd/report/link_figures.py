@@ -1,6 +1,7 @@
 """Figure 7's lower panels and figure 2, measured over several links: what dropping gains on each, and by formula."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -48,7 +49,7 @@ def link_tables(records: Sequence[Record]) -> list[Table]:
 
 def over_links(records: Sequence[Record]) -> list[Record]:
     """The newest bench record of each link, slowest link first, of the setting last timed; none of fewer than two."""
-    timed = [r for r in records if r["command"] == "bench" and "floor" in value_in(r, "result").get("plans", [{}])[0]]
+    timed = [r for r in records if r["command"] == "bench" and "communication_ms" in value_in(r, "result", "plans", 0)]
     if not timed:
         return []
     alike = {r["result"]["link"]: r for r in timed if _setting(r) == _setting(timed[-1])}
@@ -75,8 +76,9 @@ def _rows(record: Record) -> list[dict]:
     rows = timings_of(record)
     letters = [value_in(record, "result", "plans", i, "plan") for i in range(len(rows))]
     for row in rows:
-        at = ("result", "plans", letters.index(row["plan"]), "floor", "ttft_communication_ms")
-        row |= {"transfer_ms": row["real_ms"] + row["emulated_ms"], "transfer_formula_ms": number_in(record, *at)}
+        at = partial(number_in, record, "result", "plans", letters.index(row["plan"]))
+        row["transfer_ms"] = at("communication_ms", "median")
+        row["transfer_formula_ms"] = at("floor", "ttft_communication_ms")
         row["formula_speedup"] = rows[0]["formula_ms"] / row["formula_ms"]
     return rows
 
@@ -106,6 +108,6 @@ def _axes(left: Axes, right: Axes, blocks: float) -> None:
 def _caption(measured: Sequence[Record]) -> str:
     return (
         "Left: the more a link costs, the more dropping gains; right: the time of the collectives that are left. Solid:"
-        " measured; dashed: the time without communication plus the link's formula and idle real collectives."
+        " measured, medians; dashed: the time without communication plus the link's formula and idle real collectives."
         f" {model_key(measured[-1])[0]}, {timing_words(measured[-1])}; {machine(measured[-1])}."
     )

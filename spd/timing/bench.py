@@ -63,9 +63,10 @@ def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], N
     """Times the plans and the bounds on this process group; every process must call it.
 
     Returns:
-        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms` and `collectives` of the prefill by sync point, the
-        `floor` that the `rates` allow it, and, where it removes all-reduces, `saved`: the TTFT it saves beside the
-        time that those all-reduces take when everything is full.
+        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms`, the prefill's `communication_ms` and, of the repetition
+        with the median TTFT, its `collectives` by sync point, the `floor` that the `rates` allow it, and, where it
+        removes all-reduces, `saved`: the TTFT it saves beside the time that those all-reduces take when everything is
+        full.
 
     Raises:
         SPDError: a shape or model that cannot be split over the processes, or a prompt beyond its positions.
@@ -187,8 +188,13 @@ def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
         "communicates": not silent,
         "ttft_ms": spread([s.ttft for s in samples]),
         "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
+        "communication_ms": spread([sum(map(_waited, s.collectives.values())) for s in samples]),
         "collectives": {point: _collective(c) for point, c in _typical(samples).collectives.items()},
     }
+
+
+def _waited(spent: Collective) -> float:
+    return spent.real_seconds + spent.emulated_seconds
 
 
 def _gained(full: list[_Sample], samples: list[_Sample]) -> dict:
@@ -208,7 +214,7 @@ def _removed(full: _Sample, sample: _Sample) -> float:
     seconds = 0.0
     for point, spent in full.collectives.items():
         left = sample.collectives.get(point, Collective()).count
-        seconds += (spent.count - left) / spent.count * (spent.real_seconds + spent.emulated_seconds)
+        seconds += (spent.count - left) / spent.count * _waited(spent)
     return seconds
 
 
