@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spd.comm import Link
 from spd.report.captions import machine, timing_words
@@ -99,7 +99,9 @@ def _axes(left: Axes, right: Axes, blocks: float) -> None:
         axis_of_blocks(ax, blocks)
     left.set_ylabel("speedup of the time to first token")
     right.set(ylabel="collectives of a prefill (ms)", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     right.yaxis.set_major_formatter(FuncFormatter(plain))
+    right.yaxis.set_minor_formatter(NullFormatter())
     handles, labels = left.get_legend_handles_labels()
     handles.append(Line2D([], [], color="0.3", linestyle=(0, (4, 2)), linewidth=1.2))
     left.legend(handles, [*labels, "by formula"], title="emulated link", frameon=False, loc="upper left")
@@ -108,6 +110,7 @@ def _axes(left: Axes, right: Axes, blocks: float) -> None:
 def _caption(measured: Sequence[Record]) -> str:
     return (
         "Left: the more a link costs, the more dropping gains; right: the time of the collectives that are left. Solid:"
-        " measured, medians; dashed: the time without communication plus the link's formula and idle real collectives."
+        " measured, medians; dashed: the time without communication plus the link's formula and idle real collectives;"
+        " what is measured above that is one process waiting for the other."
         f" {model_key(measured[-1])[0]}, {timing_words(measured[-1])}; {machine(measured[-1])}."
     )
