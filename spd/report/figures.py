@@ -49,7 +49,7 @@ STRATEGY_NAMES = {
 }
 PART_COLOURS = {
     "compute_ms": ("computation", _BLUE),
-    "real_ms": ("real all-reduces", _ORANGE),
+    "real_ms": ("real collectives", _ORANGE),
     "emulated_ms": ("emulated link", "0.72"),
 }
 MARKERS = "osD^vP"
