@@ -68,7 +68,8 @@ def _caption(record: Record) -> str:
     return " ".join([
         f"{how} times of the repetitions and a calibration's predictions on {value_in(record, 'result', 'name')}:",
         "fitted to some sizes, prompts and links, checked on others and on other percentages. Grey: within",
-        f"{ERROR_GOAL} %, and within {POINTS_GOAL} percentage points. At worst: {', '.join(filter(None, words))}.",
+        f"{ERROR_GOAL} %, and within {POINTS_GOAL} percentage points (of plans; the bound without communication is left out).",
+        f"At worst: {', '.join(filter(None, words))}.",
     ])  # fmt: skip
 
 
