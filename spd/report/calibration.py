@@ -67,8 +67,9 @@ def _caption(record: Record) -> str:
     words = [_errors_in_words(record, use, kind) for use in ("fitted", "checked") for kind in ("TTFT", "TPOT")]
     return " ".join([
         f"{how} times of the repetitions and a calibration's predictions on {value_in(record, 'result', 'name')}:",
-        f"fitted to some sizes, prompts and links, checked on others and on other percentages.",
-        f"Grey: within {ERROR_GOAL} %, and within {POINTS_GOAL} percentage points (of plans; the bound without communication is left out).",
+        "fitted to some sizes, prompts and links, checked on others and on other percentages. Grey: within",
+        f"{ERROR_GOAL} %, and within {POINTS_GOAL} percentage points (of plans;",
+        "the bound without communication is left out).",
         f"At worst: {', '.join(filter(None, words))}.",
     ])  # fmt: skip
 
