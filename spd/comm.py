@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,17 +54,6 @@ class Link:
         if participants == 1:
             return 0.0
         return self.latency + 2 * (participants - 1) / participants * payload / self.bandwidth
-
-
-class AllReduce(Protocol):
-    """Anything that says how long an all-reduce of `payload` bytes over `participants` takes, as `Link` does."""
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float: ...
-
-
-def all_gather_seconds(link: AllReduce, payload: float, participants: int) -> float:
-    """Of `payload` bytes when whole: they go round the ring once, and an all-reduce's twice."""
-    return link.all_reduce_seconds(payload / 2, participants)
 
 
 @dataclass
@@ -200,15 +189,15 @@ class Shards:
             return tensor
         tensor = tensor.contiguous()  # a process group reads memory as it lies
         payload = tensor.numel() * tensor.element_size()
-        emulated = 0.0 if self.link is None else self.link.all_reduce_seconds(payload, self.tp)
-        with self._counted(point, payload, emulated, tensor.is_cuda):
+        with self._counted(point, payload, payload, tensor.is_cuda):
             if self.world > 1:
                 self.transport.all_reduce(tensor)
         return tensor
 
     @contextmanager
-    def _counted(self, point: str, payload: int, emulated: float, on_gpu: bool) -> Iterator[None]:
-        """Counts and times one collective, and waits for the emulated link's seconds after it."""
+    def _counted(self, point: str, payload: int, reduced: float, on_gpu: bool) -> Iterator[None]:
+        """Counts and times one collective; waits after it as long as a link would take to reduce `reduced` bytes."""
+        emulated = 0.0 if self.link is None else self.link.all_reduce_seconds(reduced, self.tp)
         start = time.perf_counter()
         yield
         reached = time.perf_counter()
@@ -221,9 +210,13 @@ class Shards:
             spent.real_seconds += reached - start
             spent.emulated_seconds += time.perf_counter() - reached
 
+    def width_of(self, size: int) -> int:
+        """How many of `size` things each process takes; there may not be so many left for the last ones."""
+        return -(-size // self.world)
+
     def part_of(self, size: int) -> slice:
-        """This process's part of `size` things, of which every process takes as many; the last ones may lack some."""
-        width = -(-size // self.world)
+        """This process's part of `size` things."""
+        width = self.width_of(size)
         return slice(self.rank * width, (self.rank + 1) * width)
 
     def join(self, part: torch.Tensor, size: int, point: str) -> torch.Tensor:
@@ -233,12 +226,11 @@ class Shards:
         """
         if self.world == 1:
             return part
-        mine = F.pad(part, (0, -(-size // self.world) - part.shape[-1]))
+        mine = F.pad(part, (0, self.width_of(size) - part.shape[-1]))
         parts = [mine] * self.world
         if not self.silent:
             payload = size * mine[..., 0].numel() * mine.element_size()
-            emulated = 0.0 if self.link is None else all_gather_seconds(self.link, payload, self.tp)
-            with self._counted(point, payload, emulated, part.is_cuda):
+            with self._counted(point, payload, payload / 2, part.is_cuda):  # gathered bytes go round a ring once
                 parts = self.transport.all_gather(mine)
         return torch.cat(parts, dim=-1)[..., :size]
 

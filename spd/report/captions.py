@@ -4,6 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 from spd.report.records import Record, Sources, curves_of, model_key, number_in, taus_of, timings_of, value_in
+from spd.transport import SHARED_MEMORY
 
 
 def machine(record: Record) -> str:
@@ -46,7 +47,7 @@ def perplexity_caption(sources: Sources) -> str:
 def timing_words(record: Record) -> str:
     """The setting of a bench record but for its link: degree, processes and how they talk, batch, prompt."""
     tp, world = number_in(record, "result", "tp"), number_in(record, "result", "world")
-    through = " (shared memory)" if record["result"].get("transport") == "shared-memory" else ""
+    through = " (shared memory)" if record["result"].get("transport") == SHARED_MEMORY else ""
     words = f"tp={tp} on {world} process{'es' if world != 1 else ''}{through}"
     batch, prompt = (number_in(record, "result", key) for key in ("batch", "prompt_len"))
     return f"{words}, batch {batch}, {prompt} prompt tokens"

@@ -10,8 +10,9 @@ from spd.report.captions import machine
 from spd.report.figures import Sheet, finish, style
 from spd.report.records import Record, newest, number_in, value_in
 from spd.report.table import Table
+from spd.timing.peers import OVER_GLOO, PEER, SPD
 
-ENGINES = ("spd", "spd_over_gloo", "transformers")
+ENGINES = (SPD, OVER_GLOO, PEER)
 COLOURS = dict(zip(ENGINES, sns.color_palette("colorblind"), strict=False))
 TIMES = {"ttft": "time to first token", "tpot": "time per output token"}
 
@@ -35,12 +36,11 @@ def peer_sheets(records: Sequence[Record]) -> list[Sheet]:
 
 
 def _ratios(ax: Axes, rows: Sequence[dict], kind: str, title: str) -> None:
-    names = {"spd": "spd", "spd_over_gloo": "spd, over gloo as transformers"}
+    names = {SPD: "spd", OVER_GLOO: "spd, over gloo as transformers"}
     for shift, (engine, name) in zip((0.19, -0.19), names.items(), strict=True):
-        of_engine = [
-            (i, row[f"{engine}_{kind}_ratio"]) for i, row in enumerate(rows) if f"{engine}_{kind}_ratio" in row
-        ]
-        places, ratios = [i + shift for i, _ in of_engine], [ratio for _, ratio in of_engine]
+        key = f"{engine}_{kind}_ratio"
+        places = [i + shift for i, row in enumerate(rows) if key in row]
+        ratios = [row[key] for row in rows if key in row]
         bars = ax.barh(places, ratios, height=0.36, color=COLOURS[engine], label=name, linewidth=0)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
     ax.axvline(1, color="0.25", linewidth=1)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from spd.comm import AllReduce
 from spd.config import SHAPES
 from spd.errors import SPDError
 from spd.timing.work import Operator, Pass, Work
@@ -87,6 +87,12 @@ class Machine:
 
 
 # ---------------------------------------------------------------- all-reduces
+
+
+class AllReduce(Protocol):
+    """Anything that says how long an all-reduce of `payload` bytes over `participants` takes, as `comm.Link` does."""
+
+    def all_reduce_seconds(self, payload: float, participants: int) -> float: ...
 
 
 @dataclass(frozen=True)

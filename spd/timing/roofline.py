@@ -46,7 +46,7 @@ def measure(model: Transformer, batch: int, prompt_len: int) -> Rates:
     rows = {"ttft": batch * prompt_len, "tpot": batch}
     sums = {kind: _collective("all_reduce", torch.zeros(n, config.hidden_size).to(weight), model.shards)
             for kind, n in rows.items()}  # fmt: skip
-    part = torch.zeros(batch, -(-config.vocab_size // model.shards.world)).to(weight)
+    part = torch.zeros(batch, model.shards.width_of(config.vocab_size)).to(weight)
     flops = 2 * len(prompt) * weight.numel() / product
     read_rate = len(matrices) * weight.numel() * weight.element_size() / read
     return Rates(flops, read_rate, sums, _collective("all_gather", part, model.shards))
