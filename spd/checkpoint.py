@@ -6,13 +6,15 @@ Only safetensors are read, no pickles and no remote code.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from spd.config import ModelConfig
 from spd.errors import SPDError
@@ -245,3 +247,47 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
         else:
             made[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5, generator=generator)
     return made
+
+
+def block_parameters(model: Transformer, block: int) -> dict[str, Tensor]:
+    prefix = f"blocks.{block}."
+    return {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
+
+
+@torch.no_grad()
+def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The block's parameters that differ on any shard from `before` (hosted parts), for all shards, on the host."""
+    found = {}
+    for name, parameter in block_parameters(model, block).items():
+        differs = torch.tensor([float(not torch.equal(parameter, before[name]))], device=parameter.device)
+        if model.shards.all_reduce(differs, "repair").item():
+            whole = model.shards.gather(parameter.data) if model.is_sharded(name) else parameter.data
+            found[name] = whole.contiguous().cpu()
+    return found
+
+
+@torch.no_grad()
+def load_changed(model: Transformer, path: Path, blocks: Container[int] | None = None) -> None:
+    """Puts the tensors of a file written here into the model, the hosted shards' parts alone; or those of some blocks.
+
+    Raises:
+        SPDError: an unreadable file, or tensors that this model and tp do not have.
+    """
+    shards = model.shards
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if blocks is None or int(name.split(".")[1]) in blocks]  # noqa: SIM118
+            for name in names:
+                if re.fullmatch(r"blocks\.\d+\.attention\.(qkv|out)\.bias", name):  # a repair may have added them
+                    model.blocks[int(name.split(".")[1])].attention.add_biases()
+            parameters = dict(model.named_parameters())
+            for name in names:
+                part = file.get_slice(name)
+                target = parameters.get(name)
+                sharded = target is not None and model.is_sharded(name)
+                expected = None if target is None else [*((shards.tp,) if sharded else ()), *target.shape[sharded:]]
+                if part.get_shape() != expected:
+                    raise SPDError(f"{path} does not fit this model and tp={shards.tp}: {name} is {part.get_shape()}.")
+                target.copy_(part[shards.hosted.start : shards.hosted.stop] if sharded else part[:])
+    except (OSError, SafetensorError) as error:
+        raise SPDError(f"The repaired weights {path} cannot be read ({error}).") from error

@@ -86,7 +86,7 @@ class BenchSection(_Section):
 
 
 class DistillSection(_Section):
-    """Left out, a value is the recipe's own (`spd.repair.recipes.DEFAULTS`)."""
+    """Left out, a value is the recipe's own (`spd.distill.DEFAULTS`)."""
 
     recipe: str | None = Field(None, description="`zs`, `closed-form`, `paper` or `best`")
     strategy: str | None = Field(None, description="of the paper's recipe: `zs`, `b2b` or `b2b+hg`")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from spd.planner import make_plan
+from spd.records import load_records, make_record
 from spd.report.captions import sensitivity_caption
 from spd.report.figures import Sheet, sensitivity_sheet
 from spd.report.method_figures import newest_settings
-from spd.report.records import Sources, load_records
-from spd.track import make_record
+from spd.report.records import Sources
 
 
 def measure(model: str, tp: int, text: str, seq_len: int, windows: int) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from spd.track import write_bytes
+from spd.records import write_bytes
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without the kernel that made it
 SECONDS = 300  # a cell

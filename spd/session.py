@@ -13,10 +13,9 @@ from spd import mirror, track
 from spd.comm import Replicas
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
-from spd.launch import Runtime, runtime, say, tracking_uri
+from spd.launch import Runtime, bar, runtime, say, tracking_uri
 from spd.plan import Plan, parse_blocks, read_plan_document
 from spd.pretrained import SPDModel
-from spd.progress import bar
 
 NOT_NUMBERS = ("out", "records", "reproduction", "mlflow", "repairs", "batch_size")  # options that change no result
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
@@ -80,13 +79,12 @@ class Session:
         return found
 
     def accuracy(self):
-        """What `--tasks` asks for (`spd.accuracy.Accuracy`); None without."""
+        """What `--tasks` asks for (`spd.tasks.Accuracy`); None without."""
         o = self.options
         if o.tasks is None:
             return None
         try:
-            from spd.accuracy import Accuracy
-            from spd.tasks import load_tasks
+            from spd.tasks import Accuracy, load_tasks
         except ImportError as error:
             raise SPDError(f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}).") from error
         return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, o.batch_size, self.replicas, self.runtime.leads)

@@ -5,16 +5,16 @@ import json
 
 import pytest
 import torch
+from ablation import FULL, ZERO_SHOT, ablate, variants
 from conftest import VARIANTS, random_model, with_tokenizer
+from table1 import BiasBefore, ResidualAfter, block_designs, centre_model
 
-from spd.block_design import BiasBefore, ResidualAfter, block_designs, centre_model
 from spd.cli import main
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel
-from spd.repair.ablation import FULL, ZERO_SHOT, ablate, variants
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
 
@@ -119,7 +119,7 @@ def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch,
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
     common = ["--model", folder, "--tp", 2, "--text", "text.txt", "--seq-len", 8, "--windows", 4, "--no-mlflow"]
     run(monkeypatch, "table1", *common)
-    monkeypatch.setattr("spd.repair.ablation.variants", lambda *_: {ZERO_SHOT: variants({})[ZERO_SHOT]})
+    monkeypatch.setattr("ablation.variants", lambda *_: {ZERO_SHOT: variants({})[ZERO_SHOT]})
     run(monkeypatch, "ablate", *common, "--skip", 10, "--calibration", 10)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = {table.name: table for table in tables(load_records(["runs"]))}

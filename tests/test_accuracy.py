@@ -8,9 +8,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from spd import Plan, SPDModel
-from spd.accuracy import Accuracy, average, compare, mcnemar, stderr
 from spd.errors import SPDError
-from spd.tasks import KNOWN, PAPER, load_tasks
+from spd.tasks import KNOWN, PAPER, Accuracy, average, compare, load_tasks, mcnemar, stderr
 from spd.tiny import tasks as tiny
 
 CHOICES = {"text": ["ice", "fire"], "label": ["A", "B"]}

@@ -301,7 +301,7 @@ def test_distill_refuses_in_words(spd, common, tmp_path, options, message):
 
 
 def test_curves_of_a_repair_become_metrics():
-    from spd.shown import metrics
+    from spd.tracking import metrics
 
     result = {"blocks": [{"index": 2, "class": "SB", "loss_before": 0.5, "loss_after": 0.25}],
               "curves": {"block_2": {"loss": [0.5, 0.375]}}}  # fmt: skip

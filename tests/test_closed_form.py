@@ -9,21 +9,27 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from spd.closed_form import (
+    Calibration,
+    ClosedForm,
+    Site,
+    _grouping_cost,
+    output_error,
+    placement_costs,
+    refit,
+    repair_block,
+    search_heads,
+)
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import batches, perplexity
+from spd.layout import balanced_assignment, permute_heads, permute_neurons
+from spd.least_squares import Moments, Rows, best_ridge
 from spd.model import Transformer
 from spd.plan import FULL, SPD_BLOCK, TP_BLOCK, Plan
 from spd.pretrained import SPDModel, build
-from spd.repair.assignment import balanced_assignment
-from spd.repair.closed_form import Options, repair_block
-from spd.repair.least_squares import Moments, Rows, best_ridge
-from spd.repair.permute import permute_heads, permute_neurons
-from spd.repair.place import _grouping_cost, placement_costs, search_heads
-from spd.repair.refit import refit
-from spd.repair.site import Calibration, Site, output_error
 from spd.transport import ProcessGroup
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -256,12 +262,12 @@ def test_refit_of_a_block_without_error_changes_nothing_that_matters():
 @pytest.mark.parametrize(
     "options",
     [
-        Options(),
-        Options(centre=False),
-        Options(correct=False),
-        Options(place=False),
-        Options(refit=False),
-        Options(refit_attention=False),
+        ClosedForm(),
+        ClosedForm(centre=False),
+        ClosedForm(correct=False),
+        ClosedForm(place=False),
+        ClosedForm(refit=False),
+        ClosedForm(refit_attention=False),
     ],
     ids=["all", "centre off", "no correction", "no placement", "no refit", "no attention"],
 )
@@ -286,9 +292,9 @@ def test_a_repair_that_ends_worse_or_not_finite_is_undone(monkeypatch):
     site, data = _first_block(_model())
     before = _copy(site.block)
     monkeypatch.setattr(
-        "spd.repair.closed_form.apply_corrections", lambda block, *_: block.mlp.gate_up.weight.fill_(torch.nan)
+        "spd.closed_form.apply_corrections", lambda block, *_: block.mlp.gate_up.weight.fill_(torch.nan)
     )
-    report = repair_block(site, data, Options(place=False, refit=False))
+    report = repair_block(site, data, ClosedForm(place=False, refit=False))
     assert not report["kept"] and report["error_after"] == report["error_before"]
     assert _unchanged(site.block, before)
 
@@ -310,7 +316,7 @@ def _repair(model: Transformer, plan: Plan, tokens: torch.Tensor, **options) -> 
         teacher = _run(model, i, teacher, TP_BLOCK)
         if policies == SPD_BLOCK:
             site = Site(model.blocks[i], i, model.shards, model.config)
-            repair_block(site, Calibration(student, teacher, model.context), Options(**options))
+            repair_block(site, Calibration(student, teacher, model.context), ClosedForm(**options))
             repaired.append(i)
         student = _run(model, i, student, policies)
     return repaired

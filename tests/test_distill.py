@@ -8,19 +8,17 @@ import pytest
 import torch
 from conftest import SHARED, VARIANTS, random_model, with_tokenizer
 from safetensors.torch import load_file
+from spd import repairs as repaired
 from transformers import AutoModelForCausalLM
 
+from spd.distill import DEFAULTS, Options, distill, split, total_steps
 from spd.errors import SPDError
 from spd.evaluate import perplexity
-from spd.export import export
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
-from spd.pretrained import SPDModel
-from spd.repair import repaired
-from spd.repair.distill import distill
-from spd.repair.recipes import DEFAULTS, Options, split, total_steps
-from spd.repair.strategies import Repairs, curve, options_of
-from spd.repair.training import Diverged, Schedule
+from spd.pretrained import SPDModel, export
+from spd.sweep import Repairs, curve, options_of
+from spd.training import Diverged, Schedule
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
 QUICK = replace(DEFAULTS["best"], block=Schedule(1, 0.01, relative=True), joint=Schedule(1, 0.01, relative=True),
@@ -120,7 +118,7 @@ def test_joint_training_that_diverges_is_undone(folder, tmp_path, monkeypatch):
     def diverge(*_, **__):
         raise Diverged
 
-    monkeypatch.setattr("spd.repair.distill.train_jointly", diverge)
+    monkeypatch.setattr("spd.distill.train_jointly", diverge)
     assert "non-finite" in repair(folder, tmp_path)["note"]
 
 
@@ -210,7 +208,7 @@ def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(fol
 
 def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder, tmp_path, monkeypatch):
     first = repair(folder, tmp_path)
-    monkeypatch.setattr("spd.repair.distill._Run", None)  # nothing is run
+    monkeypatch.setattr("spd.distill._Run", None)  # nothing is run
     assert repair(folder, tmp_path) == first
     with pytest.raises(SPDError, match=r"another run's work \(seed differ"):
         repair(folder, tmp_path, replace(QUICK, seed=1))

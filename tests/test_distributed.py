@@ -11,15 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
+from spd.bench import BenchSettings, bench
 from spd.comm import Replicas
 from spd.data import read_windows
+from spd.distill import Options, distill
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
-from spd.repair.distill import distill
-from spd.repair.recipes import Options
 from spd.sensitivity import sensitivity
-from spd.timing.bench import BenchSettings, bench
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
 PLANS = ("FF FF FF", "DF FF DF", "DD FD DD")
@@ -82,8 +81,10 @@ def copied(runtime: Runtime, folder: str, text: str, copies: int) -> dict:
 
 def answered(runtime: Runtime, folder: str, rows: str) -> dict:
     """Accuracy with one copy of the model on each process, and with one on all together."""
-    from spd.accuracy import Accuracy  # only here: each process of each test imports this file
-    from spd.tasks import load_tasks
+    from spd.tasks import (
+        Accuracy,  # only here: each process of each test imports this file
+        load_tasks,
+    )
 
     found, tasks = {}, load_tasks("piqa", Path(rows))
     for name, copies in (("apart", runtime.world), ("together", 1)):

@@ -9,10 +9,7 @@ import torch
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
-from spd.model import Transformer
-from spd.plan import Plan
-from spd.pretrained import build
-from spd.repair.grouping import (
+from spd.layout import (
     EXACT_UNITS,
     HeadDistances,
     _swap,
@@ -24,6 +21,9 @@ from spd.repair.grouping import (
     scatter,
     unit_distances,
 )
+from spd.model import Transformer
+from spd.plan import Plan
+from spd.pretrained import build
 
 CONFIG = ModelConfig(
     vocab_size=40, hidden_size=32, intermediate_size=24, num_blocks=2, num_heads=16, num_kv_heads=8, head_dim=4,
@@ -105,7 +105,7 @@ def test_impossible_scatterings_are_refused(distances, message):
 
 def test_distances_are_those_of_whole_score_vectors(monkeypatch):
     """Accumulated over batches and over chunks of queries, against the vectors written out."""
-    monkeypatch.setattr("spd.repair.grouping.SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr("spd.layout.SCORES_AT_ONCE", 1000)
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(2, 4, 3, 10, 8, generator=generator) for _ in range(2))  # two batches of 4 heads
     accumulator = HeadDistances(4)

@@ -12,8 +12,7 @@ from lm_eval.api.registry import get_model
 import spd.evaluate  # noqa: F401  (registers `spd`)
 from spd import Plan, SPDModel
 from spd.errors import SPDError
-from spd.harness import SpdLM
-from spd.scoring import questions, score
+from spd.harness import SpdLM, questions, score
 
 PAIRS = [
     ("Once upon a time there was a", " little girl who"),

@@ -9,16 +9,24 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from predict_paper import (
+    claims,
+    decode_check,
+    figure2,
+    figure7,
+    fitted_launch,
+    fitted_link,
+    observations,
+    predict_paper,
+    prediction,
+    reference,
+    stated_link,
+)
 
-from spd.comm import Link
-from spd.config import SHAPES
-from spd.errors import SPDError
-from spd.plan import Plan
-from spd.report import report, tables
-from spd.report.shelf import every_sheet
-from spd.timing.calibration import (
+from spd.calibrate import (
     Calibration,
     _worst_points,
+    ask,
     fit,
     observations_of,
     over_link,
@@ -27,33 +35,29 @@ from spd.timing.calibration import (
     speedups,
     worst,
 )
-from spd.timing.decode_check import decode_check, observations
-from spd.timing.latency import Prediction, Setting, predict, syncs_at
-from spd.timing.machines import (
+from spd.comm import Link
+from spd.config import SHAPES
+from spd.errors import SPDError
+from spd.latency import (
     TABLE_MODELS,
     Costs,
     FittedAllReduce,
     Machine,
+    Pass,
+    Prediction,
+    Setting,
     Slower,
     gpu,
     gpu_names,
     measured_all_reduce,
+    predict,
     read_profile,
+    syncs_at,
 )
-from spd.timing.paper import (
-    claims,
-    figure2,
-    figure7,
-    fitted_launch,
-    fitted_link,
-    predict_paper,
-    prediction,
-    reference,
-    stated_link,
-)
-from spd.timing.predict import ask
-from spd.timing.work import Pass
-from spd.track import make_record, write_record
+from spd.plan import Plan
+from spd.records import make_record, write_record
+from spd.report import report, tables
+from spd.report.shelf import every_sheet
 
 TEN_GIGABYTES = Link.parse("10GBps,20us")
 COSTS = Costs(2e-5, 1e-11, 1e-10, 3e-11, 2e-10)  # round numbers, as of a slow CPU

@@ -3,12 +3,11 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from reference import reference
 
-from spd.reference import reference
+from spd.records import load_records, make_record, write_record
 from spd.report.ledger import NEEDS, ledger, write_ledger
 from spd.report.measures import MEASURES
-from spd.report.records import load_records
-from spd.track import make_record, write_record
 
 HARDWARE = {"cpu": "Synthetic CPU", "cores": 3, "memory_gib": 1.0, "gpus": []}
 

@@ -5,21 +5,19 @@ from datetime import UTC, datetime
 
 import pytest
 import torch
+from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
 
 from spd import Plan, SPDModel
+from spd.bench import BenchSettings, Compiled, Eager, Rates, _gained, _Sample, floors, run
 from spd.comm import Collective, Link, Shards
 from spd.config import SHAPES, ModelConfig
 from spd.errors import SPDError
 from spd.kernels import linear
 from spd.launch import Runtime, spawn
 from spd.model import Rotary, rotate
+from spd.records import make_record
 from spd.report import tables
 from spd.report.shelf import every_sheet
-from spd.timing.bench import BenchSettings, _gained, _Sample, run
-from spd.timing.peers import PeerSettings, compare, compare_all, degrees_of, write_random
-from spd.timing.roofline import Rates, floors
-from spd.timing.static import Compiled, Eager
-from spd.track import make_record
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY
 
 TINY = ModelConfig(96, 32, 64, 3, 4, 2, 8, 128)

@@ -10,10 +10,10 @@ import torch.multiprocessing as mp
 from spd.comm import Shards
 from spd.config import ModelConfig
 from spd.errors import SPDError
+from spd.layout import permute_heads, permute_neurons
 from spd.model import Transformer
 from spd.plan import Plan
 from spd.pretrained import build
-from spd.repair.permute import permute_heads, permute_neurons
 from spd.transport import ProcessGroup
 
 CONFIG = ModelConfig(

@@ -12,9 +12,9 @@ from PIL import Image
 from rich.console import Console
 
 from spd.errors import SPDError
+from spd.records import make_record, write_record
 from spd.report import choose, load_records, print_tables, report, tables
 from spd.report.shelf import Shelf
-from spd.track import make_record, write_record
 
 BLOCKS = 4
 SENSITIVITY = [12.5, 0.25, -0.5, 0.015625]

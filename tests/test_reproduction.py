@@ -7,15 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from budget import Budget, Job, reckoned, repair, table
+from preflight import Needs, missing
+from shape_only import write_shape_only
 
-from spd.budget import Budget, Job, reckoned, repair, table
 from spd.config import SHAPES
+from spd.distill import Options
 from spd.experiment import read_experiment
-from spd.preflight import Needs, missing
-from spd.repair.recipes import Options
 from spd.report import load_records, tables
 from spd.report.tables import embed
-from spd.shape_only import write_shape_only
 
 ROOT = Path(__file__).parent.parent
 MAKE = shutil.which("make")

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from shape_only import write_shape_only
 
 from spd.checkpoint import SafetensorsFolder
 from spd.config import ModelConfig
 from spd.errors import SPDError
-from spd.pretrained import SPDModel
-from spd.shape_only import mark_of, write_shape_only
+from spd.pretrained import SPDModel, mark_of
 
 SMALL = ModelConfig(2048, 64, 96, 6, 8, 2, 8, 256)
 

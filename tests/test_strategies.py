@@ -2,7 +2,7 @@
 
 from spd import SPDModel
 from spd.data import read_windows
-from spd.repair.strategies import Repairs, curve, options_of
+from spd.sweep import Repairs, curve, options_of
 
 SENSITIVITY = [0.3, 0.1, 0.2]
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from spd.errors import SPDError
-from spd.mirror import MIRROR_SECONDS, _mirror, mirror_to_mlflow
-from spd.shown import curves, headline, metrics, params
-from spd.track import make_record, write_json, write_record
+from spd.records import make_record, write_json, write_record
+from spd.tracking import MIRROR_SECONDS, _mirror, curves, headline, metrics, mirror_to_mlflow, params
 
 STARTED = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = {"name": "some/where/synthetic-2", "fingerprint": "f00d", "blocks": 2}
@@ -154,7 +153,7 @@ def test_the_headline_compares_reproductions():
 def _in_processes(directory: Path, *records: dict) -> None:
     """Mirror records at once, each from a process of its own, into the default store of `directory`."""
     script = (
-        "import json, sys; from spd.mirror import mirror_to_mlflow as m; p = sys.argv[1];"
+        "import json, sys; from spd.tracking import mirror_to_mlflow as m; p = sys.argv[1];"
         "sys.exit(m(json.load(open(p)), p) is None)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -248,6 +247,6 @@ def test_no_mlflow_and_a_broken_store_are_warnings_too(tmp_path, monkeypatch):
     (tmp_path / "broken.db").write_text("this is no database, though long enough to look at" * 50)
     uri = f"sqlite:///{tmp_path}/broken.db"
     assert mirror_to_mlflow(record, path, tracking_uri=uri, warn=said.append) is None
-    monkeypatch.setattr("spd.mirror.util.find_spec", lambda name: None)
+    monkeypatch.setattr("spd.tracking.util.find_spec", lambda name: None)
     assert mirror_to_mlflow(record, path, tracking_uri=uri, warn=said.append) is None
     assert "not a database" in said[0] and "not installed" in said[1] and "\n" not in "".join(said)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from spd.bench import chosen_transport
 from spd.errors import SPDError
 from spd.launch import Runtime, spawn
-from spd.timing.bench import chosen_transport
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, ProcessGroup, SharedMemory, Transport
 
 needs_ordered_writes = pytest.mark.skipif(not SharedMemory.works_here(), reason="not an x86-64 processor")

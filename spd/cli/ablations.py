@@ -38,9 +38,10 @@ def ablate(
     reproduction: Reproduction = None, mlflow: MLflow = True,
 ) -> None:  # fmt: skip
     """What each step of a repair gives: the recipes taken apart, on text that they have not seen."""
+    from ablation import ablate as compare
+    from ablation import variants
+
     from spd.plan import Plan, parse_blocks
-    from spd.repair.ablation import ablate as compare
-    from spd.repair.ablation import variants
 
     compared = variants({"epochs": epochs, "learning_rate": learning_rate}, seed)
     with open_session(context) as session:
@@ -65,7 +66,8 @@ def table1_(
     Its default drops the first block's sync, as there. A model without biases gets some that leave it the same
     function.
     """
-    from spd.block_design import block_designs
+    from table1 import block_designs
+
     from spd.plan import Plan, parse_blocks
 
     with open_session(context) as session:

@@ -63,7 +63,7 @@ def bench(
 
     Beside them stand three bounds: everything full, every attention sync dropped, no communication at all.
     """
-    from spd.timing.bench import BenchSettings, plans_to_time, run
+    from spd.bench import BenchSettings, plans_to_time, run
 
     with open_session(context) as session:
         letters, described = plans_to_time(model, shape, tp, plan or [], drop or [], sensitivity, numbers(percentages))
@@ -90,8 +90,9 @@ def bench_peers(
 
     On CPU. With several processes the peer is transformers' own tensor parallelism.
     """
-    from spd.progress import bar
-    from spd.timing.peers import compare_all, degrees_of
+    from bench_peers import compare_all, degrees_of
+
+    from spd.launch import bar
 
     with open_session(context) as session:
         asked = shapes.split(","), dtypes.split(","), degrees_of(degrees)
@@ -126,8 +127,8 @@ def predict_(
 
     reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own.
     """
+    from spd.calibrate import ask
     from spd.pretrained import describe
-    from spd.timing.predict import ask
 
     with open_session(context) as session:
         result, config = ask(
@@ -147,7 +148,7 @@ def predict_paper_(
     Also the map of links where dropping pays, where the time goes, and the model checked against a decode benchmark
     made by others. 'report' draws the record.
     """
-    from spd.timing.paper import predict_paper
+    from predict_paper import predict_paper
 
     with open_session(context) as session:
         session.publish(predict_paper())
@@ -171,8 +172,8 @@ def profile(
 
     The records should differ in shape, prompt, batch and link; the errors on those to --check are in the result.
     """
-    from spd.report import load_records
-    from spd.timing.calibration import profile as calibrate
+    from spd.calibrate import profile as calibrate
+    from spd.records import load_records
 
     with open_session(context) as session:
         fitted, checked = (_benches(load_records(paths)) for paths in (bench_records, check or []))

@@ -149,7 +149,7 @@ def sweep(
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.repair.strategies import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
+    from spd.sweep import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
 
     with open_session(context) as session:
         names, wanted, accuracy = parse_strategies(strategies), numbers(percentages), session.accuracy()

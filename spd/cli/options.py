@@ -78,7 +78,8 @@ def open_session(context: typer.Context):
 def say_if_dry(context: typer.Context) -> None:
     """With --dry-run: what the command would take, and its end."""
     if context.obj is not None and context.obj.dry_run is not None:
-        from spd.budget import reckoned
+        from budget import reckoned
+
         from spd.launch import say
 
         say(reckoned(context.info_name, context.params, context.obj.dry_run, context.obj.gpu))

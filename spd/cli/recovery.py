@@ -62,8 +62,8 @@ def distill(
     is held out: a repair that does worse on it is undone. Give the folder to eval, generate or bench as --plan.
     Interrupted, the same command goes on after the last finished block.
     """
-    from spd.repair.distill import distill as repair
-    from spd.repair.recipes import Options, total_steps
+    from spd.distill import Options, total_steps
+    from spd.distill import distill as repair
 
     options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
     with open_session(context) as session:
@@ -90,8 +90,8 @@ def export(
     transformers does, it is another function than the original model and a worse one: repaired blocks were fitted to
     what shards see without the sync.
     """
-    from spd.export import export as write
     from spd.plan import degree
+    from spd.pretrained import export as write
 
     with open_session(context) as session:
         session.options.tp = tp or degree(plan)

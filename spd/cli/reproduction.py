@@ -27,10 +27,11 @@ def preflight(
 
     Everything that is missing is said at once. Under torchrun with one process a node, every node is checked.
     """
-    from spd.budget import Budget, needed
+    from budget import Budget, needed
+    from preflight import Needs, missing
+
     from spd.launch import runtime
-    from spd.preflight import Needs, missing
-    from spd.track import write_json
+    from spd.records import write_json
 
     say_if_dry(context)
     experiment = context.obj.experiment
@@ -65,7 +66,7 @@ def shape_only_(
 
     Whatever is made from it is marked as shape only.
     """
-    from spd.shape_only import write_shape_only
+    from shape_only import write_shape_only
 
     say_if_dry(context)
     print(json.dumps(write_shape_only(shape, blocks, out, seed), separators=(",", ":")), flush=True)
@@ -82,7 +83,7 @@ def budget(
 
     For another model or other options: spd --dry-run PROCESSES distill ...
     """
-    from spd.budget import table
+    from budget import table
 
     with open_session(context) as session:
         session.publish(table(gpu))

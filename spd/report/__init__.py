@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.records import load_records, write_bytes
 from spd.report.figures import Sheet, finish, render, sheets
-from spd.report.records import Record, choose, load_records, provenance
+from spd.report.records import Record, choose, provenance
 from spd.report.shelf import every_sheet
 from spd.report.table import Table
 from spd.report.tables import csv_of, embed, markdown, print_tables, tables
-from spd.track import write_bytes
 
 __all__ = [
     "Record",

@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from spd.calibrate import speedups
 from spd.report.figures import Sheet, finish, plain, style
 from spd.report.records import Record, newest, value_in
 from spd.report.table import Table
-from spd.timing.calibration import speedups
 
 TIMES = {"TTFT": (sns.color_palette("colorblind")[0], "o"), "TPOT": (sns.color_palette("colorblind")[1], "s")}
 ERROR_GOAL, POINTS_GOAL = 10, 3  # percent of the TTFT, percentage points of its speedup

@@ -7,13 +7,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from spd.reference import reference
+from reference import reference
+
+from spd.records import load_records, write_bytes
 from spd.report.captions import machine
 from spd.report.measures import MEASURES
-from spd.report.records import Record, Sources, by_subject, load_records, model_key, newest
+from spd.report.records import Record, Sources, by_subject, model_key, newest
 from spd.report.table import Table
 from spd.report.tables import markdown
-from spd.track import write_bytes
 
 COLUMNS = ("claim", "paper", "ours", "on", "command", "status")
 HELD = {"<": float.__lt__, ">": float.__gt__}

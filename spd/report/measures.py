@@ -6,8 +6,9 @@ Each takes `Sources` and the claim that asks, and gives (value, record that it i
 from collections.abc import Callable, Mapping
 from statistics import median
 
+from reference import reference
+
 from spd.planner import blocks_of, classify
-from spd.reference import reference
 from spd.report.records import Record, Sources, number_in, numbers_in, timings_of
 
 Finding = tuple[float, Record] | None

@@ -8,8 +8,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
+from reference import reference
 
-from spd.reference import reference
 from spd.report.captions import machine
 from spd.report.figures import CLASS_COLOURS, CLASS_NAMES, PART_COLOURS, Sheet, finish, plain, style
 from spd.report.measures import classes_in

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import seaborn as sns
+from bench_peers import OVER_GLOO, PEER, SPD
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -10,7 +11,6 @@ from spd.report.captions import machine
 from spd.report.figures import Sheet, finish, style
 from spd.report.records import Record, newest, number_in, value_in
 from spd.report.table import Table
-from spd.timing.peers import OVER_GLOO, PEER, SPD
 
 ENGINES = (SPD, OVER_GLOO, PEER)
 COLOURS = dict(zip(ENGINES, sns.color_palette("colorblind"), strict=False))

@@ -1,51 +1,18 @@
 """Reading records, and choosing those that one set of figures is made of."""
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError
-from spd.track import SCHEMA
 
 Record = Mapping[str, Any]
 CLASSES = ("ISB", "SB", "ESB")
 STAGES = ("sensitivity", "plan", "sweep", "bench")  # commands that figures of one model are made of
-
-
-def load_records(paths: Iterable[Path | str]) -> list[dict]:
-    """Records of the given files, and of the JSON files in the given folders and theirs, oldest first.
-
-    Raises SPDError when a file cannot be read, is not strict JSON, or is not a record of this schema.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    records = {record["id"]: record for record in map(_load, files)}
-    return sorted(records.values(), key=lambda record: (record["started"], record["id"]))
-
-
-def _load(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise SPDError(f"Cannot read record {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise SPDError(f"Record {path} is not strict JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise SPDError(f"{path} is not a record: it has no key schema with the value {SCHEMA}.")
-    missing = [key for key in ("id", "command", "result", "started", "hardware") if record.get(key) is None]
-    if missing:
-        raise SPDError(f"Record {path} has no {', '.join(missing)}.")
-    return record
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
 
 
 def value_in(record: Record, *keys: str | int) -> Any:

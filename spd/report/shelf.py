@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from spd.errors import SPDError
+from spd.records import load_records
 from spd.report.ablation import ablation_sheets
 from spd.report.accuracy import accuracy_sheets
 from spd.report.calibration import calibration_sheets
@@ -14,7 +15,7 @@ from spd.report.link_figures import link_sheets
 from spd.report.method_figures import method_sheets
 from spd.report.peers import peer_sheets
 from spd.report.predicted_figures import predicted_sheets
-from spd.report.records import Record, choose, load_records
+from spd.report.records import Record, choose
 from spd.report.table import Table
 from spd.report.tables import tables
 

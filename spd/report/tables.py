@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError
+from spd.records import load_records
 from spd.report.ablation import ablation_tables
 from spd.report.accuracy import accuracy_tables
 from spd.report.budget_tables import budget_tables
@@ -24,7 +25,6 @@ from spd.report.records import (
     choose,
     curves_of,
     full_perplexity,
-    load_records,
     numbers_in,
     provenance,
     timings_of,

@@ -13,4 +13,4 @@ def reference() -> dict:
     and, for `spd.report.ledger`, the `measure` that finds our value, the `model` and `tp` it is about, and `in_kind`:
     what would show the same on a small model, with a threshold of its own.
     """
-    return json.loads((Path(__file__).parent / "profiles" / "paper.json").read_text())
+    return json.loads((Path(__file__).parent / "paper.json").read_text())

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from spd.closed_form import ClosedForm
+from spd.distill import Options, distill, total_steps
 from spd.evaluate import perplexity
+from spd.launch import bar
 from spd.plan import Plan
 from spd.pretrained import SPDModel
-from spd.progress import bar
-from spd.repair.closed_form import Options as ClosedForm
-from spd.repair.distill import distill
-from spd.repair.recipes import Options, total_steps
 
 FULL = "every sync point kept"
 ZERO_SHOT = "zero-shot"
@@ -66,7 +65,7 @@ def ablate(
         load: gives the model as read.
         calibration, evaluation: windows (W, T), apart from one another.
         folder: where the repairs are kept; an interrupted run goes on there.
-        bar: `spd.progress.bar` or one like it, for each repair.
+        bar: `spd.launch.bar` or one like it, for each repair.
         progress: told of each variant done.
 
     Returns:

@@ -2,6 +2,11 @@
 
 What moves is a unit: a key/value head with its query heads (a single head where every query has its own keys). The
 dense model is unchanged by it; a block whose attention sync is dropped is not.
+
+Moving heads and neurons between shards: another tensor-parallel layout of the same dense function.
+
+Where every sync point is `full` a block computes the same before and after, up to the order of its sums. Where
+the attention sync is dropped, which heads and neurons share a shard decides what is lost (section 4.2.4).
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +23,141 @@ from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.model import Block, Context
-from spd.repair.permute import permute_heads
+
+# ---------------------------------------------------------------- Moving heads and neurons between shards: an
+
+
+@torch.no_grad()
+def permute_heads(block: Block, order: Sequence[int] | Tensor, shards: Shards, config: ModelConfig) -> None:
+    """Places the key/value group `order[p]` of today (its query heads with it) at position p of K, in place.
+
+    Position p lies on shard p // (K / tp). Rows of the query, key and value projections (and their biases) move,
+    and columns of the output projection.
+
+    Raises:
+        SPDError: not an order of the K groups, or K < tp, where shards hold copies of a key/value head.
+    """
+    if config.num_kv_heads < shards.tp:
+        raise SPDError(
+            f"Heads cannot be reordered at tp={shards.tp}: the {config.num_kv_heads} key/value heads are replicated."
+        )
+    attention = block.attention
+    order = _checked(order, config.num_kv_heads, "key/value groups")
+    sizes = [attention.h * attention.head_dim] + 2 * [attention.g * attention.head_dim]
+    _permute_rows(attention.qkv.weight, sizes, attention.g, order, shards)
+    if attention.qkv.bias is not None:
+        _permute_rows(attention.qkv.bias, sizes, attention.g, order, shards)
+    _permute_rows(attention.out.weight.transpose(1, 2), sizes[:1], attention.g, order, shards)
+
+
+@torch.no_grad()
+def permute_neurons(block: Block, order: Sequence[int] | Tensor, shards: Shards) -> None:
+    """Places the MLP neuron `order[p]` of today at position p of F, in place; p lies on shard p // (F / tp).
+
+    Rows of the gate and up projections (and their biases) move, and columns of the down projection.
+
+    Raises:
+        SPDError: not an order of the F neurons.
+    """
+    mlp = block.mlp
+    neurons = mlp.down.weight.shape[2]
+    order = _checked(order, neurons * shards.tp, "MLP neurons")
+    _permute_rows(mlp.gate_up.weight, [neurons, neurons], neurons, order, shards)
+    if mlp.gate_up.bias is not None:
+        _permute_rows(mlp.gate_up.bias, [neurons, neurons], neurons, order, shards)
+    _permute_rows(mlp.down.weight.transpose(1, 2), [neurons], neurons, order, shards)
+
+
+def _checked(order: Sequence[int] | Tensor, count: int, things: str) -> Tensor:
+    order = torch.as_tensor(order, dtype=torch.long)
+    if order.shape != (count,) or not torch.equal(order.sort().values.cpu(), torch.arange(count)):
+        raise SPDError(f"An order of {count} {things} must name each of 0..{count - 1} once.")
+    return order
+
+
+def _permute_rows(stacked: Tensor, sizes: list[int], units: int, order: Tensor, shards: Shards) -> None:
+    """Reorders the rows of (k, rows, ...), in place.
+
+    The rows of a shard are parts of `sizes`, and each part is `units` equal pieces; pieces are what moves, those of
+    one unit together. `order` counts units over all tp shards.
+    """
+    for part in stacked.split(sizes, dim=1):
+        pieces = shards.gather(part).unflatten(1, (units, -1)).flatten(0, 1)  # (tp * units, rows of one, ...)
+        mine = order.view(shards.tp, units)[shards.hosted.start : shards.hosted.stop]
+        part.copy_(pieces[mine.to(pieces.device)].flatten(1, 2))
+
+
+# ---------------------------------------------------------------- Sharing out many things over few shards: an
+
+
+def balanced_assignment(cost: np.ndarray) -> np.ndarray:
+    """The shard (F,) of each of F things, F / S on every shard, with the least sum of `cost` (F, S).
+
+    Starts from a greedy assignment and moves things along negative cycles of the graph of shards, where an arc from
+    s to t costs what its cheapest mover would: F stays large and the graph has only S nodes. No negative cycle is
+    left exactly when the assignment is optimal (Klein's theorem on minimum-cost flows).
+
+    Raises:
+        SPDError: costs that are not finite, or F not a multiple of S.
+    """
+    things, shards = cost.shape
+    if things % shards:
+        raise SPDError(f"{things} things cannot be shared out evenly over {shards} shards.")
+    if not np.isfinite(cost).all():
+        raise SPDError("The costs of an assignment are not finite.")
+    shard = _greedy(cost)
+    tolerance = 1e-12 * max(float(np.abs(cost).max()), np.finfo(float).tiny)
+    movers, arcs = np.zeros((shards, shards), dtype=int), np.full((shards, shards), np.inf)
+    stale = range(shards)
+    while True:
+        for s in stale:
+            members = np.flatnonzero(shard == s)
+            change = cost[members] - cost[members, s, None]
+            movers[s], arcs[s] = members[change.argmin(0)], change.min(0)
+            arcs[s, s] = np.inf
+        cycle = negative_cycle(arcs, tolerance)
+        if cycle is None:
+            return shard
+        for s, t in zip(cycle, np.roll(cycle, -1), strict=True):
+            shard[movers[s, t]] = t
+        stale = cycle
+
+
+def _greedy(cost: np.ndarray) -> np.ndarray:
+    """Those who would lose most by their second choice choose first, while there is room."""
+    things, shards = cost.shape
+    best = np.partition(cost, min(1, shards - 1), axis=1)
+    room = np.full(shards, things // shards)
+    shard = np.empty(things, dtype=int)
+    for thing in np.argsort(-(best[:, min(1, shards - 1)] - best[:, 0]), kind="stable"):
+        shard[thing] = np.where(room > 0, cost[thing], np.inf).argmin()
+        room[shard[thing]] -= 1
+    return shard
+
+
+def negative_cycle(arcs: np.ndarray, tolerance: float = 0.0) -> list[int] | None:
+    """The nodes, in order, of a cycle whose arcs (S, S) sum to less than -tolerance, or None (Bellman and Ford)."""
+    nodes = len(arcs)
+    distance, parent = np.zeros(nodes), np.full(nodes, -1)
+    for _ in range(nodes):
+        through = distance[:, None] + arcs
+        nearest = through.argmin(0)
+        shorter = through.min(0) < distance - tolerance
+        if not shorter.any():
+            return None
+        distance, parent = np.where(shorter, through.min(0), distance), np.where(shorter, nearest, parent)
+    node = int(np.flatnonzero(shorter)[0])
+    for _ in range(nodes):  # far enough back to stand on the cycle
+        node = int(parent[node])
+    cycle = [node]
+    while (node := int(parent[node])) != cycle[0]:
+        cycle.append(node)
+    cycle.reverse()
+    return cycle if arcs[cycle, np.roll(cycle, -1)].sum() < 0 else None  # rounding can feign one
+
+
+# ---------------------------------------------------------------- Head grouping: which heads share a shard, a
+
 
 EXACT_UNITS = 16  # up to here all groupings are searched: half a million steps at the most
 SCORES_AT_ONCE = 2**25  # attention scores held at a time, of all heads together

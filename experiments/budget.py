@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spd.closed_form import ClosedForm
 from spd.config import HUB_IDS, SHAPES, ModelConfig
+from spd.distill import Options as Recipe
+from spd.distill import split
 from spd.experiment import Experiment
+from spd.latency import gpu_flops, gpu_memory
+from spd.least_squares import RIDGES
 from spd.planner import blocks_of
 from spd.pretrained import resolve
-from spd.repair.closed_form import Options as ClosedForm
-from spd.repair.least_squares import RIDGES
-from spd.repair.recipes import Options as Recipe
-from spd.repair.recipes import split
-from spd.repair.strategies import BY_PLAN, ZERO_SHOT, parse_strategies
 from spd.session import LONGEST_DEFAULT
-from spd.timing.machines import gpu_flops, gpu_memory
+from spd.sweep import BY_PLAN, ZERO_SHOT, parse_strategies
 
 UTILISATION = 0.5  # of the peak
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -8,18 +8,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from spd.distill import Options, arguments_of, distill, total_steps
 from spd.errors import SPDError
 from spd.evaluate import perplexity
+from spd.launch import bar
 from spd.plan import Plan
 from spd.planner import make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
-from spd.progress import bar
-from spd.repair.distill import arguments_of, distill
-from spd.repair.recipes import Options, total_steps
-from spd.track import write_json
+from spd.records import write_json
 
 ZERO_SHOT = "zs"
-# The paper's strategies, by class: how blocks of it are repaired before they drop (`spd.repair.recipes.STRATEGIES`).
+# The paper's strategies, by class: how blocks of it are repaired before they drop (`spd.distill.STRATEGIES`).
 BY_CLASS = {ZERO_SHOT: {}, "b2b": {"SB": "b2b", "ESB": "b2b"}, "b2b+hg": {"SB": "b2b", "ESB": "b2b+hg"}}
 BY_PLAN = ("closed-form", "best")  # each of these recipes repairs a block for those dropped before it
 STRATEGIES = (*BY_CLASS, *BY_PLAN)

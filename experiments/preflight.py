@@ -6,8 +6,8 @@ from shutil import disk_usage
 
 import psutil
 import torch
+from budget import GIB, Budget
 
-from spd.budget import GIB, Budget
 from spd.checkpoint import SafetensorsFolder
 from spd.config import ModelConfig
 from spd.data import BUILTIN, HUB_TEXTS, read_hub_text, read_text

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spd.closed_form import centre_heads
 from spd.comm import Stream
 from spd.evaluate import batches, perplexity
 from spd.model import Context, Transformer
 from spd.plan import DROP, Plan, Policy
-from spd.repair.centre import centre_heads
 
 FOR_MEANS = 16  # windows
 
@@ -63,7 +63,7 @@ class BiasBefore(_Altered):
 
 @torch.no_grad()
 def centre_model(model: Transformer, tokens: Tensor) -> None:
-    """Gives a model attention biases that leave it the function it was (`spd.repair.centre`), in place.
+    """Gives a model attention biases that leave it the function it was (`spd.closed_form`), in place.
 
     The means are those over windows (W, T), of the model under its plan.
     """

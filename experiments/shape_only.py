@@ -1,5 +1,6 @@
 """A model of a true shape, cut to a few blocks, with random weights: to run a whole pipeline where the model itself
-does not fit. Its numbers mean nothing, and everything made from it says so by the model's name."""
+does not fit. Its numbers mean nothing, and everything made from it says so by the model's name.
+"""
 
 import json
 import math
@@ -13,21 +14,11 @@ import torch
 from spd.checkpoint import SINGLE, hf_shapes, safetensors_header
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
+from spd.pretrained import MARK
+from spd.records import write_json
 from spd.tiny import MODEL_DIR
-from spd.track import write_json
 
-MARK = "shape_only.json"  # a model folder that holds it holds random weights
 ROWS_AT_ONCE = 1024
-
-
-def mark_of(folder: Path) -> dict | None:
-    """`shape`, `blocks` and `of` (the whole model's blocks) of a folder written here, None for any other."""
-    path = folder / MARK
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def name_of(mark: dict) -> str:
-    return f"{mark['shape']}, shape only: {mark['blocks']} of {mark['of']} blocks, random weights"
 
 
 def write_shape_only(shape: str | ModelConfig, blocks: int, folder: Path, seed: int = 0) -> dict:

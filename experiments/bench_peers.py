@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spd.bench import chosen_transport, spread
 from spd.checkpoint import SINGLE, random_tensors
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
 from spd.pretrained import DTYPES, SPDModel
-from spd.timing.bench import chosen_transport, spread
-from spd.track import hardware
+from spd.records import hardware
 from spd.transport import ProcessGroup, SharedMemory, Transport
 
 SPD, OVER_GLOO, PEER = "spd", "spd_over_gloo", "transformers"
