@@ -55,7 +55,7 @@ def ablate(
     evaluation: Tensor,
     compared: dict[str, Options],
     folder: Path,
-    leads: bool = True,
+    is_main: bool = True,
     bar: Callable = bar,
     progress: Callable[[int], None] = lambda n: None,
 ) -> dict:
@@ -81,7 +81,7 @@ def ablate(
         model, document = load(), {"policies": plan.policies()}
         out = folder / f"variant-{number}"
         with bar(total_steps(document, options, len(calibration)), f"steps, {name}") as told:
-            result = distill(model, calibration, document, options, out, leads, told)
+            result = distill(model, calibration, document, options, out, is_main, told)
         model.load_plan(out)  # also where an earlier run had finished it
         rows.append({"name": name, "seconds": result["seconds"]} | _scores(model, evaluation))
         progress(1)

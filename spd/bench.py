@@ -514,9 +514,9 @@ def _check_share(runtime: Runtime, tp: int, settings: BenchSettings) -> None:
 
 
 def with_bar(runtime: Runtime, settings: BenchSettings) -> dict:
-    """`bench`, showing progress on the process that leads."""
+    """`bench`, showing progress on the process that is_main."""
     plans, bounds = _cases(settings)
     cases = 1 if settings.share_of is not None else len({*plans, *bounds})
     total = (settings.repeats + settings.warmup) * cases
-    with bar(total, "timings", shown=runtime.leads) as done:
+    with bar(total, "timings", shown=runtime.is_main) as done:
         return bench(runtime, settings, done)

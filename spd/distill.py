@@ -154,7 +154,7 @@ def distill(
     document: dict,
     options: Options,
     folder: Path,
-    leads: bool = True,
+    is_main: bool = True,
     told: Told = lambda *_, **__: None,
 ) -> dict:
     """Repairs a model for a plan, in place, and writes plan, changed tensors and result to `folder`.
@@ -166,7 +166,7 @@ def distill(
         model: as read, in float32, with nothing repaired.
         tokens: calibration windows (W, T); the last tenth is held out.
         document: `policies` and, for the paper's recipe, the `classes` of all blocks, as a plan file holds them.
-        leads: whether this process writes.
+        is_main: whether this process writes.
         told: progress; told of steps done, and the `loss`.
 
     Returns:
@@ -185,7 +185,7 @@ def distill(
     if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
         raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
     arguments = arguments_of(model, tokens, document, options)
-    workspace = Workspace(folder, arguments, leads, model.transformer.shards)
+    workspace = Workspace(folder, arguments, is_main, model.transformer.shards)
     if workspace.result is not None:
         return workspace.result
     run = _Run(model, tokens, document, options, workspace, told)

@@ -121,7 +121,7 @@ class SpdLM(TemplateLM):
         dtype: str = "float32",
         max_batch_size: int | None = None,
         replicas: Replicas | None = None,
-        leads: bool = True,
+        is_main: bool = True,
     ):
         """
         Args:
@@ -130,16 +130,16 @@ class SpdLM(TemplateLM):
             batch_size: contexts in a forward pass.
             max_batch_size: goes with `auto`; without effect.
             replicas: the copies of a loaded model that run at once.
-            leads: whether this process shows progress.
+            is_main: whether this process shows progress.
 
         Raises:
             SPDError: as the model's, or a batch size that is not a number.
         """
         super().__init__()
         self.batch_size = _batch_size(batch_size)
-        self.replicas, self.leads = replicas or Replicas(), leads
+        self.replicas, self.is_main = replicas or Replicas(), is_main
         if not isinstance(pretrained, SPDModel):
-            pretrained, self.leads = _read(pretrained, tp, plan, str(device), dtype)
+            pretrained, self.is_main = _read(pretrained, tp, plan, str(device), dtype)
         self.model, self.tokenizer = pretrained, pretrained.tokenizer
         self.max_length = pretrained.config.max_positions
         self.truncated = 0  # requests so far whose context was cut from the left
@@ -176,7 +176,7 @@ class SpdLM(TemplateLM):
 
     def _share(self, batches: list[list], work: Callable[[list], dict]) -> dict:
         """What `work` says of each batch, all in one; the batches are divided over the copies of the model."""
-        with bar(-(-len(batches) // self.replicas.count), "batches", self.leads) as done:
+        with bar(-(-len(batches) // self.replicas.count), "batches", self.is_main) as done:
 
             def one(batch: list) -> dict:
                 found = work(batch)
@@ -275,11 +275,11 @@ def _batch_size(given: int | str) -> int:
 
 
 def _read(name: str | Path, tp: int, plan: str | Path | None, device: str, dtype: str) -> tuple[SPDModel, bool]:
-    """The model, on the processes that a launcher started if it did, and whether this one leads."""
+    """The model, on the processes that a launcher started if it did, and whether this one is_main."""
     stack = ExitStack()
     atexit.register(stack.close)  # the harness never says when it is done with a model
     here = stack.enter_context(runtime(device.partition(":")[0]))
     model = SPDModel.from_pretrained(name, shards=here.shards(tp), dtype=dtype, device=here.device)
     if plan is not None:
         model.load_plan(Path(plan))
-    return model, here.leads
+    return model, here.is_main

@@ -54,7 +54,7 @@ class Runtime:
     memory: Path | None = None  # a folder that processes of one machine share memory through, instead of gloo
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return self.rank == 0
 

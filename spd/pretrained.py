@@ -261,7 +261,7 @@ def dense_tensors(model: Transformer, config: ModelConfig, parameters: dict[str,
     return found
 
 
-def export(model: SPDModel, source: str | Path, folder: Path, leads: bool = True) -> dict:
+def export(model: SPDModel, source: str | Path, folder: Path, is_main: bool = True) -> dict:
     """Writes the model, its tokenizer and its plan to a new folder, block by block; the rest of `source` is copied.
 
     Returns:
@@ -270,17 +270,17 @@ def export(model: SPDModel, source: str | Path, folder: Path, leads: bool = True
     Raises:
         SPDError: a folder that holds something already.
     """
-    if leads and folder.exists() and any(folder.iterdir()):
+    if is_main and folder.exists() and any(folder.iterdir()):
         raise SPDError(f"{folder} is not empty; a model is exported to a new folder.")
     transformer = model.transformer
     config = exported_config(transformer)
     partial = folder.with_name(folder.name + ".partial")
-    if leads:
+    if is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _copy_descriptions(resolve(source), partial, config, transformer.embedding.weight.dtype)
-    _write_weights(transformer, config, partial, leads)
-    if not leads:
+    _write_weights(transformer, config, partial, is_main)
+    if not is_main:
         return {}
     described = describe(config, folder.name, SafetensorsFolder(partial).fingerprint(ModelConfig.from_folder(partial)))
     plan = {"policies": model.plan.policies(), "plan": str(model.plan), "model": described, "tp": model.tp}
@@ -303,7 +303,7 @@ def _copy_descriptions(source: Path, target: Path, config: ModelConfig, dtype: t
             shutil.copy(file, target / file.name)
 
 
-def _write_weights(model: Transformer, config: ModelConfig, folder: Path, leads: bool) -> None:
+def _write_weights(model: Transformer, config: ModelConfig, folder: Path, is_main: bool) -> None:
     """One file a block and one for the rest, with an index: no more than a block is held at a time."""
     inside = [block_parameters(model, i) for i in range(config.num_blocks)]
     in_blocks = {name for parameters in inside for name in parameters}
@@ -312,11 +312,11 @@ def _write_weights(model: Transformer, config: ModelConfig, folder: Path, leads:
     for number, parameters in enumerate((rest, *inside), start=1):
         tensors = dense_tensors(model, config, parameters)
         file = f"model-{number:05}-of-{len(inside) + 1:05}.safetensors"
-        if leads:
+        if is_main:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
         size += sum(t.numel() * t.element_size() for t in tensors.values())
-    if leads:
+    if is_main:
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 

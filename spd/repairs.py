@@ -32,9 +32,9 @@ class Workspace:
     processes read, the leading one writes.
     """
 
-    def __init__(self, folder: Path, arguments: dict, leads: bool, shards: Shards):
+    def __init__(self, folder: Path, arguments: dict, is_main: bool, shards: Shards):
         """Raises SPDError where the folder holds the work of other `arguments`."""
-        self.folder, self.leads, self.shards = folder, leads, shards
+        self.folder, self.is_main, self.shards = folder, is_main, shards
         self.state = {"arguments": arguments, "seconds": 0.0, "stages": {}, "files": {}}
         self.result = self._read(folder / RESULT)
         earlier = self._read(folder / (PROGRESS if self.result is None else PLAN))
@@ -43,7 +43,7 @@ class Workspace:
             if self.result is None:
                 self.state = earlier
         shards.align()  # nobody writes before all have read
-        if leads and self.result is None:
+        if is_main and self.result is None:
             (folder / PARTS).mkdir(parents=True, exist_ok=True)
 
     @staticmethod
@@ -81,14 +81,14 @@ class Workspace:
                 continue
             name = f"{PARTS}/{block}.{len(self.state['stages'])}.safetensors"  # never that of an earlier stage
             earlier = self.state["files"].get(str(block))
-            if self.leads:
+            if self.is_main:
                 kept = load_file(self.folder / earlier) if earlier else {}
                 _save(kept | tensors, self.folder / name)
             stale.append(earlier)
             self.state["files"][str(block)] = name
         self.state["stages"][stage], self.state["seconds"] = note, seconds
         self.state.pop("epoch", None)
-        if self.leads:
+        if self.is_main:
             write_json(self.folder / PROGRESS, self.state)
             for name in filter(None, stale):
                 (self.folder / name).unlink(missing_ok=True)
@@ -101,7 +101,7 @@ class Workspace:
         torch.save(training, partial)
         partial.replace(path)
         self.shards.align()  # every part is there before the epoch counts
-        if self.leads:
+        if self.is_main:
             write_json(self.folder / PROGRESS, self.state)
         self.shards.align()  # and counts before the one before it goes
         if earlier is not None:
@@ -119,7 +119,7 @@ class Workspace:
 
     def conclude(self, plan: dict, result: dict) -> None:
         """Joins the blocks' files into one beside the plan, and writes the result last."""
-        if not self.leads:
+        if not self.is_main:
             return
         files = [self.folder / name for name in self.state["files"].values()]
         if files:

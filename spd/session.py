@@ -31,7 +31,7 @@ class Session:
 
     def __enter__(self) -> "Session":
         self.runtime: Runtime = self._stack.enter_context(runtime(getattr(self.options, "device", "cpu")))
-        if self.runtime.leads:  # before the work, lest its result have nowhere to go
+        if self.runtime.is_main:  # before the work, lest its result have nowhere to go
             track.check_writable(self.options.records)
             if self.options.out is not None:
                 track.check_writable(
@@ -74,7 +74,7 @@ class Session:
         found = read_windows(
             text, model.tokenizer, seq_len, windows or o.windows, o.skip if skip is None else skip, positions
         )
-        if found.note and self.runtime.leads:
+        if found.note and self.runtime.is_main:
             say(f"warning: {found.note}")
         return found
 
@@ -87,7 +87,7 @@ class Session:
             from spd.tasks import Accuracy, load_tasks
         except ImportError as error:
             raise SPDError(f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}).") from error
-        return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, o.batch_size, self.replicas, self.runtime.leads)
+        return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, o.batch_size, self.replicas, self.runtime.is_main)
 
     def plan(self, model: SPDModel) -> Plan:
         """From `--plan`, with the repaired weights of a folder, or `--drop` and `--drop-mlp`, or everything `full`."""
@@ -118,7 +118,7 @@ class Session:
         return hashlib.sha256(json.dumps([options, things], default=str, sort_keys=True).encode()).hexdigest()[:12]
 
     def progress(self, total: int, unit: str):
-        return bar(total, unit, shown=self.runtime.leads)
+        return bar(total, unit, shown=self.runtime.is_main)
 
     def publish(
         self,
@@ -130,7 +130,7 @@ class Session:
         artifacts: list[Path] = (),
     ) -> None:
         """Writes `--out` and the record, prints the result, mirrors the record to MLflow; on rank 0 alone."""
-        if not self.runtime.leads:
+        if not self.runtime.is_main:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options

@@ -33,7 +33,7 @@ class Repairs:
     tau1: float  # perplexity points, as are the sensitivities
     tau2: float
     options: dict[str, Options]  # by recipe, or by strategy of the paper's
-    leads: bool = True  # whether this process writes
+    is_main: bool = True  # whether this process writes
     bar: Callable = bar  # for each repair
 
 
@@ -43,9 +43,9 @@ class Points:
     Every process reads before any point is computed, the leading one writes.
     """
 
-    def __init__(self, path: Path | None = None, leads: bool = True):
+    def __init__(self, path: Path | None = None, is_main: bool = True):
         """`path` must be named by all that the points depend on. Raises SPDError where it holds something else."""
-        self.path, self.leads, self._found = path, leads, {}
+        self.path, self.is_main, self._found = path, is_main, {}
         if path is not None and path.exists():
             try:
                 self._found = {(point["strategy"], point["blocks"]): point for point in json.loads(path.read_text())}
@@ -60,7 +60,7 @@ class Points:
 
     def add(self, point: dict) -> None:
         self._found[point["strategy"], point["blocks"]] = point
-        if self.path is not None and self.leads:
+        if self.path is not None and self.is_main:
             write_json(self.path, list(self._found.values()))
 
 
@@ -165,6 +165,6 @@ def _repair(model: SPDModel, document: dict, options: Options, name: str, repair
     same = json.dumps(arguments_of(model, repairs.calibration, document, options), sort_keys=True)
     folder = repairs.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with repairs.bar(total_steps(document, options, len(repairs.calibration)), f"steps of {name}") as told:
-        distill(model, repairs.calibration, document, options, folder, repairs.leads, told)
+        distill(model, repairs.calibration, document, options, folder, repairs.is_main, told)
     model.transformer.shards.align()  # the leading process has written all of it
     return folder

@@ -203,11 +203,11 @@ class Accuracy:
         limit: int | None = None,
         batch_size: int = BATCH,
         replicas: Replicas | None = None,
-        leads: bool = True,
+        is_main: bool = True,
     ):
         """`limit`: only the first questions of each task (of each subject, for mmlu); the rest as `SpdLM`'s."""
         self.tasks, self.limit = tasks, limit
-        self._options = {"batch_size": batch_size, "replicas": replicas, "leads": leads}
+        self._options = {"batch_size": batch_size, "replicas": replicas, "is_main": is_main}
         self._full: tuple[Answers, int] | None = None
 
     def compare_with(self, model: SPDModel) -> None:
@@ -228,7 +228,7 @@ class Accuracy:
         """Which questions the model gets right, and how many contexts were too long for it."""
         lm = SpdLM(model, **self._options)
         parts = {name: part for task in self.tasks for name, part in task.parts.items()}
-        with redirect_stderr(sys.stderr if lm.leads else io.StringIO()):  # the harness's own bars
+        with redirect_stderr(sys.stderr if lm.is_main else io.StringIO()):  # the harness's own bars
             found = evaluate(lm, {"tasks": parts}, limit=self.limit, bootstrap_iters=0)
         return {name: _right(rows) for name, rows in found["samples"].items()}, lm.truncated
 

@@ -221,7 +221,7 @@ def distill_here(runtime: Runtime, folder: str, out: str) -> dict:
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(2))  # a shard's two units are scattered
     block = Schedule(2, 0.01, relative=True, decay=True, keep_best=True)  # with clipping, whose norm spans processes
     options = replace(DEFAULTS["paper"], block=block)
-    result = distill(model, TOKENS, document(), options, Path(out), runtime.leads)
+    result = distill(model, TOKENS, document(), options, Path(out), runtime.is_main)
     gathered = model.transformer.shards.gather(model.transformer.blocks[2].mlp.down.weight)
     return {"perplexity": result["perplexity_after"], "weights": gathered.flatten().tolist()}
 

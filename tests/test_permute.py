@@ -73,7 +73,7 @@ def test_groups_and_neurons_go_where_the_order_says():
     block, old = model.blocks[0], _model(Shards(2)).blocks[0]
     permute_heads(block, [3, 0, 1, 2], model.shards, CONFIG)
     permute_neurons(block, [23, *range(23)], model.shards)
-    # two groups a shard, of two query heads of four: the last query group of shard 1 leads shard 0
+    # two groups a shard, of two query heads of four: the last query group of shard 1 is_main shard 0
     assert torch.equal(block.attention.qkv.weight[0, :8], old.attention.qkv.weight[1, 8:16])
     assert torch.equal(block.attention.qkv.bias[0, 16:20], old.attention.qkv.bias[1, 20:24])
     assert torch.equal(block.attention.out.weight[0, :, :8], old.attention.out.weight[1, :, 8:])

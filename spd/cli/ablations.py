@@ -51,7 +51,7 @@ def ablate(
         learnt, data = session.calibration(loaded, calibration), session.windows(loaded)
         with session.progress(len(compared), "variants") as done:
             result = compare(session.load, plan, learnt.tokens, data.tokens, compared, repairs,
-                             session.runtime.leads, session.progress, done)  # fmt: skip
+                             session.runtime.is_main, session.progress, done)  # fmt: skip
         session.publish(result, loaded.describe(), tp, data.describe(), str(plan))
 
 

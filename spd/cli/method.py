@@ -161,7 +161,7 @@ def sweep(
             paper = {"epochs": epochs, "learning_rate": learning_rate}
             best = {"joint_epochs": joint_epochs, "generated": generated}
             options = options_of(paper, best, seed)
-            prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.leads, session.progress)
+            prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.is_main, session.progress)
         if accuracy is not None:
             accuracy.compare_with(loaded)
         del loaded  # the curve reads it afresh for repairs, and two do not fit where one hardly does
@@ -169,7 +169,7 @@ def sweep(
         same = session.digest(described, measured, data.describe(), apart=("percentages", "strategies"))
         with session.progress(total, "points") as done:
             points = curve(session.load, measured, names, wanted, data.tokens, prepared, accuracy, done,
-                           Points(repairs / f"points-{same}.json", session.runtime.leads))  # fmt: skip
+                           Points(repairs / f"points-{same}.json", session.runtime.is_main))  # fmt: skip
         predictions = data.tokens.shape[0] * (data.tokens.shape[1] - 1)
         result = {"curve": points, "tokens": predictions, "windows": len(data.tokens)}
         session.publish(result, described, tp, data.describe())

@@ -71,7 +71,7 @@ def distill(
         document = session.plan_document(loaded)
         data = session.windows(loaded)
         with session.progress(total_steps(document, options, len(data.tokens)), "steps") as done:
-            result = repair(loaded, data.tokens, document, options, out, session.runtime.leads, done)
+            result = repair(loaded, data.tokens, document, options, out, session.runtime.is_main, done)
         session.publish(result, loaded.describe(), tp, data.describe(), result["plan"])
 
 
@@ -97,5 +97,5 @@ def export(
         session.options.tp = tp or degree(plan)
         loaded = session.load()
         session.plan(loaded)
-        result = write(loaded, model, out, session.runtime.leads)
+        result = write(loaded, model, out, session.runtime.is_main)
         session.publish(result, loaded.describe(), loaded.tp, plan=str(loaded.plan))

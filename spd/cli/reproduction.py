@@ -46,8 +46,8 @@ def preflight(
         lacking = {f"node {rank}": found for rank, found in enumerate(here.gather(missing(asked))) if found}
     lines = [f"{node + ': ' if nodes > 1 else ''}{line}" for node, found in lacking.items() for line in found]
     if lines:
-        raise SPDError("Missing:\n" + "\n".join(f"- {line}" for line in lines) if here.leads else "see rank 0")
-    if here.leads:
+        raise SPDError("Missing:\n" + "\n".join(f"- {line}" for line in lines) if here.is_main else "see rank 0")
+    if here.is_main:
         result = {"missing": [], "reckoned": vars(budget)}
         if out is not None:
             write_json(out, result)
