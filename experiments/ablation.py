@@ -6,11 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from spd.cli import command, main
 from spd.closed_form import ClosedForm
 from spd.distill import Options, distill, total_steps
 from spd.evaluate import perplexity
 from spd.launch import bar
-from spd.plan import Plan
+from spd.options import CALIBRATION, COMPUTE, MODEL, OUTPUT, TEXT, option
+from spd.plan import Plan, parse_blocks
 from spd.pretrained import SPDModel
 
 FULL = "every sync point kept"
@@ -95,3 +97,25 @@ def ablate(
 def _scores(model: SPDModel, evaluation: Tensor) -> dict:
     scores = perplexity(model.transformer, evaluation)
     return {name: scores[name] for name in ("perplexity", "nats")}
+
+
+@command(*MODEL, *TEXT, option("--drop", default="all", help="Blocks, as in 1,3,5-7."), *CALIBRATION,
+         option("--epochs", type=int, help="Of the paper's distillation."),
+         option("--learning-rate", type=float, help="Of the paper's distillation."), *COMPUTE, *OUTPUT,
+         name="ablate")  # fmt: skip
+def ablation(session) -> None:
+    """What each step of a repair gives: the recipes taken apart, on text that they have not seen."""
+    o = session.options
+    compared = variants({"epochs": o.epochs, "learning_rate": o.learning_rate}, o.seed)
+    model = session.load()
+    blocks = model.config.num_blocks
+    plan = Plan.dropping(blocks, parse_blocks(o.drop, blocks))
+    learnt, data = session.calibration(model, o.calibration), session.windows(model)
+    with session.progress(len(compared), "variants") as progress:
+        result = ablate(session.load, plan, learnt.tokens, data.tokens, compared, o.repairs, session.runtime.is_main,
+                        session.progress, progress)  # fmt: skip
+    session.publish(result, model.describe(), o.tp, data.describe(), str(plan))
+
+
+if __name__ == "__main__":
+    main(ablation)

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from spd.bench import chosen_transport, spread
 from spd.checkpoint import SINGLE, random_tensors
+from spd.cli import command, main
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
+from spd.options import OUTPUT, at_least, option
 from spd.pretrained import DTYPES, SPDModel
 from spd.records import hardware
 from spd.transport import ProcessGroup, SharedMemory, Transport
@@ -218,3 +220,29 @@ def write_random(config: ModelConfig, folder: Path, seed: int) -> None:
 
     config.to_hf().save_pretrained(folder)
     save_file(random_tensors(config, seed), folder / SINGLE, metadata={"format": "pt"})
+
+
+@command(
+    option("--shapes", default="llama-8m,llama-125m,llama3.2-1b", help="Named shapes with random weights."),
+    option("--dtypes", default="float32,bfloat16", help="Of weights and arithmetic."),
+    option("--degrees", default="1,2", help="Processes, one shard each."),
+    option("--batch", type=at_least(1), default=1, help="Sequences."),
+    option("--prompt-len", type=at_least(1), default=128, help="Tokens in the prompt."),
+    option("--new-tokens", type=at_least(1), default=8, help="Tokens decoded to time TPOT."),
+    option("--seconds", type=float, default=12.0, help="Repetitions of a row; from 5 to 50 of them in any case."),
+    option("--seed", type=int, default=0, help="Seed of the weights."),
+    *OUTPUT,
+    name="bench-peers",
+)
+def peers(session) -> None:
+    """Time to first token and per output token beside transformers', on CPU: same weights, same threads."""
+    o = session.options
+    asked = o.shapes.split(","), o.dtypes.split(","), degrees_of(o.degrees)
+    setting = {"batch": o.batch, "prompt_len": o.prompt_len, "new_tokens": o.new_tokens}
+    with session.progress(len(asked[0]) * len(asked[1]) * len(asked[2]), "rows") as progress:
+        result = compare_all(*asked, progress, seconds=o.seconds, seed=o.seed, **setting)
+    session.publish(result | setting)
+
+
+if __name__ == "__main__":
+    main(peers)

@@ -1,22 +1,27 @@
-"""Memory and time of commands, reckoned and not measured: counted from a model's shape and what a command does.
+"""Memory and time of an experiment's stages, estimated and not measured: counted from the model's shape and the work.
+
+    python experiments/budget.py experiments/llama2-70b.yaml --tp 8 --processes 8 --gpu a100     each stage
+    python experiments/budget.py                 a record of what repairing LLaMA2 takes (`make budget`)
 
 Rates are the data sheets' peaks times `UTILISATION`; reading weights and answering tasks are not counted. Memory is
 that of a GPU (weights, gradients and optimiser, statistics, activations) and of a node (streams of hidden states, which
 every process keeps for itself). Counts follow the code: repairs are in float32, for the worst class of block.
 """
 
-from collections.abc import Mapping
+import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from spd.cli import COMMANDS, command, main, read_experiment
 from spd.closed_form import ClosedForm
 from spd.config import HUB_IDS, SHAPES, ModelConfig
 from spd.distill import Options as Recipe
 from spd.distill import split
-from spd.experiment import Experiment
+from spd.errors import SPDError
 from spd.latency import gpu_flops, gpu_memory
 from spd.least_squares import RIDGES
+from spd.options import OUTPUT, option
 from spd.planner import blocks_of
 from spd.pretrained import resolve
 from spd.session import LONGEST_DEFAULT
@@ -175,44 +180,55 @@ def _regression(job: Job, tokens: int, parts: int, features: float) -> Budget:
     return Budget(job.seconds(single) + job.seconds(double, "float64"), memory)
 
 
-def sweep(job: Job, options: Mapping[str, Any]) -> Budget:
+def sweep(job: Job, options: dict) -> Budget:
     """Every strategy at every percentage, with the repairs it needs, which are kept."""
     blocks = job.config.num_blocks
-    given = options.get("percentages")
+    given = options["percentages"]
     counts = sorted({blocks_of(float(p), blocks) for p in given.split(",")}) if given else range(blocks + 1)
     point = evaluation(job, min(options["windows"] or EVALUATION_WINDOWS, EVALUATION_WINDOWS), options["dtype"])
     total = Budget()
     for strategy in parse_strategies(options["strategies"]):
         total = total.then(point, len(counts))
-        epochs = options.get("epochs")
         if strategy in BY_PLAN:
             for count in filter(None, counts):
                 total = total.then(repair(job, options["calibration"], count, Recipe.of(strategy)))
         elif strategy != ZERO_SHOT:  # one repair serves all plans
-            total = total.then(repair(job, options["calibration"], blocks, Recipe.of("paper", strategy, epochs)))
+            recipe = Recipe.of("paper", strategy, options["epochs"])
+            total = total.then(repair(job, options["calibration"], blocks, recipe))
     return total
 
 
-def reckon(command: str, options: Mapping[str, Any], job: Job) -> Budget:
-    """What a command with these options takes; nothing to speak of for those that load no model."""
+def stage_budget(stage: str, job: Job, options: dict) -> Budget:
+    """What a stage with these options takes."""
     windows, dtype = options.get("windows") or EVALUATION_WINDOWS, options.get("dtype", "float32")
-    if command == "sweep":
+    if stage == "sweep":
         return sweep(job, options)
-    if command == "sensitivity":
+    if stage == "sensitivity":
         return sensitivity(job, windows, dtype)
-    if command == "eval":
-        return evaluation(job, windows, dtype)
-    if command == "table1":  # six models, one after the other
-        return evaluation(job, 6 * windows, dtype)
-    if command == "distill":
-        recipe = Recipe.of(options["recipe"], options["strategy"], options["epochs"], None, None, None, None)
+    if stage == "distill":
+        recipe = Recipe.of(options["recipe"], options["strategy"], options["epochs"])
         return repair(job, windows, job.config.num_blocks, recipe)
-    if command == "bench":
+    if stage == "bench":
         return Budget(0.0, job.weights(SIZES[dtype]))
-    return Budget()
+    return evaluation(job, windows * (6 if stage == "table1" else 1), dtype)  # table 1 is of six models
 
 
-# ---------------------------------------------------------------- for commands
+def stages(experiment: Path, model: str | None, tp: int, processes: int, per_node: int, gpu: str) -> dict[str, Budget]:
+    """Of each stage that an experiment asks for, of its own model or another. Raises SPDError for an unknown shape."""
+    sections = read_experiment(experiment)
+    model = model or sections["common"].get("model", "spd-tiny")
+    config = shape_of(model)
+    if config is None:
+        raise SPDError(f"Nothing is estimated: {model} is not here, and its shape is not known.")
+    found = {}
+    for stage in ("sensitivity", *(name for name in sections if name not in ("common", "plan", "sensitivity"))):
+        known = (
+            {action.dest: action.default for action in COMMANDS[stage].parser()._actions} if stage in COMMANDS else {}
+        )
+        options = known | sections["common"] | sections.get(stage, {})
+        seq_len = options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
+        found[stage] = stage_budget(stage, Job(config, tp, processes, per_node, seq_len, gpu), options)
+    return found
 
 
 def shape_of(model: str) -> ModelConfig | None:
@@ -220,35 +236,6 @@ def shape_of(model: str) -> ModelConfig | None:
     if Path(model).is_dir() or model == "spd-tiny":
         return ModelConfig.from_folder(resolve(model))
     return SHAPES[HUB_IDS[model]] if model in HUB_IDS else None
-
-
-def reckoned(command: str, options: Mapping[str, Any], processes: int, gpu: str) -> str:
-    """One line on what a command with these options takes on so many GPUs."""
-    model = options.get("model")
-    config = shape_of(str(model)) if model else None
-    if model and config is None:
-        return f"not reckoned: {model} is not here, and its shape is not known"
-    job = Job(config, options["tp"], processes, processes, _seq_len(options, config), gpu) if config else None
-    found = reckon(command, options, job) if job else Budget()
-    return words(found, processes, gpu if options.get("device") == "cuda" else None)
-
-
-def needed(experiment: Experiment, model: str, tp: int, processes: int, per_node: int, gpu: str = "a100") -> Budget:
-    """The most that the long stages of an experiment take."""
-    config, total = shape_of(model), Budget()
-    for command in ("sensitivity", "sweep") if config else ():
-        options = experiment.defaults(command, OPTIONS.keys())
-        job = Job(config, tp, processes, per_node, _seq_len(options, config), gpu)
-        total = total.then(reckon(command, OPTIONS | options, job))
-    return total
-
-
-OPTIONS = {"windows": None, "dtype": "float32", "seq_len": None, "percentages": None, "strategies": ZERO_SHOT,
-           "calibration": 128, "epochs": None}  # fmt: skip
-
-
-def _seq_len(options: Mapping[str, Any], config: ModelConfig) -> int:
-    return options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
 
 
 # ---------------------------------------------------------------- the table
@@ -260,32 +247,50 @@ GIB = 2**30
 
 
 def table(gpu: str = "a100") -> dict:
-    """All blocks of a model repaired, on the paper's calibration data.
-
-    Returns:
-        `gpu`, `device_bytes` (what one has), `tp`, `windows`, `seq_len`, and `rows`: one a model, number of GPUs and
-        repair.
-    """
+    """All blocks of a model repaired on the paper's calibration data: `rows`, one a model, number of GPUs and repair."""
     rows = []
     for model in MODELS:
         for gpus in (1, TP):
             for name, recipe in RECIPES.items():
                 job = Job(SHAPES[model], TP, gpus, gpus, SEQ_LEN, gpu)
                 found = repair(job, WINDOWS, job.config.num_blocks, Recipe.of(*recipe))
-                rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found),
-                             "fits": found.device_bytes <= gpu_memory(gpu)})  # fmt: skip
-    return {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN,
-            "rows": rows}  # fmt: skip
+                fits = found.device_bytes <= gpu_memory(gpu)
+                rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found), "fits": fits})
+    setting = {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN}
+    return setting | {"rows": rows}
 
 
-def words(budget: Budget, processes: int, gpu: str | None) -> str:
-    """One line; without a GPU only the memory, as nothing is known of the processor's speed."""
-    if not budget.device_bytes:
-        return "reckoned, not measured: next to nothing"
+def words(budget: Budget) -> str:
     hours, minutes = divmod(round(budget.seconds / 60), 60)
-    where = f"{processes} {gpu}{'s' * (processes > 1)}" if gpu else "a processor"
-    time = f"{hours} h {minutes:02} min on {where}" if gpu and budget.seconds else f"time not reckoned on {where}"
-    places = {"each process" if gpu is None else "each GPU": budget.device_bytes, "each host": budget.host_bytes}
-    places["disk"] = budget.disk_bytes
+    places = {"each GPU": budget.device_bytes, "each host": budget.host_bytes, "disk": budget.disk_bytes}
     sizes = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in places.items() if size)
-    return f"reckoned, not measured: {time}; {sizes}"
+    return f"{hours:3} h {minutes:02} min; {sizes}"
+
+
+@command(option("--gpu", default="a100", help="Named GPU."), *OUTPUT)
+def budget(session) -> None:
+    """Memory and time of repairing LLaMA2 7B, 13B and 70B, estimated and not measured."""
+    session.publish(table(session.options.gpu))
+
+
+def say_stages() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--tp", type=int, default=TP)
+    parser.add_argument("--processes", type=int, default=1, help="GPUs in all")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpu", default="a100")
+    o = parser.parse_args()
+    try:
+        found = stages(o.experiment, o.model, o.tp, o.processes, o.processes // o.nodes, o.gpu)
+    except SPDError as error:
+        sys.exit(str(error))
+    print(f"Estimated, not measured, on {o.processes} {o.gpu} at {UTILISATION:.0%} of their peak:")
+    for stage, each in found.items():
+        print(f"  {stage:12}{words(each)}")
+    print(f"  {'in all':12}{words(Budget().then(Budget(sum(b.seconds for b in found.values()))))}".rstrip("; "))
+
+
+if __name__ == "__main__":
+    say_stages() if sys.argv[1:] and sys.argv[1].endswith(".yaml") else main(budget)

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from reference import reference
 
 from spd.calibrate import Calibration, Observation, errors, fit, worst
+from spd.cli import command, main
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
@@ -33,6 +34,7 @@ from spd.latency import (
     ring_bytes,
     syncs_at,
 )
+from spd.options import OUTPUT
 
 # ---------------------------------------------------------------- The latency model against a decode benchmar
 
@@ -363,3 +365,13 @@ def predict_paper() -> dict:
 def holds(relation: str, predicted: float, paper: float, tolerance: float = 0.05) -> bool:
     """Whether a claim holds; an equality within `tolerance` points."""
     return {"<": predicted < paper, ">": predicted > paper, "=": abs(predicted - paper) <= tolerance}[relation]
+
+
+@command(*OUTPUT, name="predict-paper")
+def predict(session) -> None:
+    """The paper's latency figures (2 and 7) predicted for LLaMA2 7B, 13B and 70B, beside its claims."""
+    session.publish(predict_paper())
+
+
+if __name__ == "__main__":
+    main(predict)

@@ -1,17 +1,26 @@
-"""What a reproduction needs before anything long begins: all that is missing, at once and in words."""
+"""What a reproduction needs before anything long begins: all that is missing, at once and in words.
 
+    python experiments/preflight.py experiments/llama2-70b.yaml --tp 8 --processes 8
+
+Started by torchrun with one process a node, every node is checked.
+"""
+
+import argparse
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import disk_usage
 
 import psutil
 import torch
-from budget import GIB, Budget
+from budget import GIB, Budget, stages
 
 from spd.checkpoint import SafetensorsFolder
+from spd.cli import read_experiment
 from spd.config import ModelConfig
 from spd.data import BUILTIN, HUB_TEXTS, read_hub_text, read_text
 from spd.errors import SPDError
+from spd.launch import runtime
 from spd.pretrained import HUB_FILES, resolve
 
 TASK_ROWS = "allenai/ai2_arc"  # a data set of the tasks, asked for to see whether the hub answers
@@ -137,3 +146,51 @@ def _tasks(needs: Needs) -> list[str]:
         return [f"The rows of the tasks {', '.join(needs.tasks)} come from the hub, which cannot be reached; give a "
                 "folder of them (TASKS_DIR=DIR)."]  # fmt: skip
     return []
+
+
+def needs_of(experiment: Path, given: argparse.Namespace) -> Needs:
+    """What an experiment asks for, with what the command line says instead."""
+    sections = read_experiment(experiment)
+    common, sweep = sections["common"], sections.get("sweep", {})
+    model, device = given.model or common.get("model", "spd-tiny"), given.device or common.get("device", "cpu")
+    found = [s.get(name) for s in sections.values() for name in ("text", "calibration_text")]
+    tasks = sweep["tasks"].split(",") if "tasks" in sweep else ()
+    tasks = tuple(task for task in tasks if not task.startswith("tiny_"))
+    folder = given.tasks_dir or (Path(sweep["tasks_dir"]) if "tasks_dir" in sweep else None)
+    world, budget = given.processes * given.nodes, Budget()
+    try:
+        for each in stages(experiment, model, given.tp, world, given.processes, "a100").values():
+            budget = budget.then(each)
+    except SPDError:  # an unknown shape: its weights are looked for all the same
+        pass
+    return Needs(model, given.tp, tuple(given.text or filter(None, found)), tasks, folder, device, given.processes,
+                 given.nodes, given.folder, budget)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--model", help="another than the experiment's")
+    parser.add_argument("--tp", type=int, default=8)
+    parser.add_argument("--text", action="append", help="texts in place of the experiment's")
+    parser.add_argument("--tasks-dir", type=Path)
+    parser.add_argument("--device")
+    parser.add_argument("--processes", type=int, default=1, help="a node")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where results will go")
+    given = parser.parse_args()
+    try:
+        needs = needs_of(given.experiment, given)
+        with runtime("cpu") as here:
+            lacking = {rank: found for rank, found in enumerate(here.gather(missing(needs))) if found}
+    except SPDError as error:
+        sys.exit(str(error))
+    lines = [
+        f"- {f'node {rank}: ' if given.nodes > 1 else ''}{line}" for rank, found in lacking.items() for line in found
+    ]
+    if lines:
+        sys.exit("\n".join(["Missing:", *lines]) if here.is_main else 1)
+
+
+if __name__ == "__main__":
+    main()

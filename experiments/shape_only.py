@@ -2,9 +2,11 @@
 does not fit. Its numbers mean nothing, and everything made from it says so by the model's name.
 """
 
+import argparse
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from spd.checkpoint import SINGLE, hf_shapes, safetensors_header
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.pretrained import MARK
+from spd.pretrained import MARK, mark_of
 from spd.records import write_json
 from spd.tiny import MODEL_DIR
 
@@ -78,3 +80,23 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> It
     for start in range(0, shape[0], ROWS_AT_ONCE):
         size = (min(ROWS_AT_ONCE, shape[0] - start), shape[1])
         yield torch.empty(size, dtype=torch.bfloat16).normal_(0.0, scale, generator=generator)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", required=True, help="as llama2-70b")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    o = parser.parse_args()
+    if mark_of(o.out) is not None:
+        print(f"{o.out} is there already.", file=sys.stderr)
+        return
+    try:
+        print(json.dumps(write_shape_only(o.shape, o.blocks, o.out, o.seed)))
+    except SPDError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,11 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spd.cli import command, main
 from spd.closed_form import centre_heads
 from spd.comm import Stream
 from spd.evaluate import batches, perplexity
 from spd.model import Context, Transformer
-from spd.plan import DROP, Plan, Policy
+from spd.options import COMPUTE, DTYPE, MODEL, OUTPUT, TEXT, option
+from spd.plan import DROP, Plan, Policy, parse_blocks
 
 FOR_MEANS = 16  # windows
 
@@ -100,3 +102,21 @@ def block_designs(model: Transformer, plan: Plan, tokens: Tensor) -> dict[str, l
         centre_model(model, tokens[:FOR_MEANS])
     bias = [score("no SPD", full), score("bias before", plan, BiasBefore), score("bias after", plan)]
     return {"residual": residual, "bias": bias}
+
+
+@command(*MODEL, *TEXT, option("--drop", default="0", help="Blocks, as in 0 (the paper's) or all."), *DTYPE, *COMPUTE,
+         *OUTPUT)  # fmt: skip
+def table1(session) -> None:
+    """The paper's table 1: where an SPD block adds residual and bias, before the all-reduce or after it.
+
+    A model without biases gets some that leave it the same function.
+    """
+    o, model = session.options, session.load()
+    blocks = model.config.num_blocks
+    plan, data = Plan.dropping(blocks, parse_blocks(o.drop, blocks)), session.windows(model)
+    result = block_designs(model.transformer, plan, data.tokens)
+    session.publish(result, model.describe(), o.tp, data.describe(), str(plan))
+
+
+if __name__ == "__main__":
+    main(table1)

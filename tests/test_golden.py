@@ -15,6 +15,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from budget import budget
+from predict_paper import predict
+from table1 import table1
 
 from spd.cli import main
 
@@ -93,6 +96,7 @@ LEFT_OUT = r"^seconds$|^hardware|^versions|\bsaved\b"  # `saved` is there where 
 def result(request, tmp_path_factory):
     """The document that a case prints, each run once in one folder, and those before it that it reads."""
     folder, found = tmp_path_factory.mktemp("golden"), {}
+    scripts = {"table1": table1, "predict-paper": predict, "budget": budget}
 
     def get(name: str) -> dict:
         if name not in found:
@@ -105,9 +109,9 @@ def result(request, tmp_path_factory):
         return found[name]
 
     def run(command: str, words: str) -> dict:
-        patch.setattr(sys, "argv", ["spd", *shlex.split(words)])
+        patch.setattr(sys, "argv", ["spd", *shlex.split(words)[command in scripts :]])
         with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
-            main()
+            main(scripts.get(command))
         assert not ended.value.code, f"{command}: {ended.value.code}"
         return json.loads(printed.getvalue().splitlines()[-1])
 
