@@ -56,9 +56,6 @@ class EvaluationSection(_Section):
     strategies: str | None = Field(None, description="as `zs,b2b,b2b+hg,closed-form,best`")
     calibration: int | None = Field(None, ge=2, description="windows to repair on")
     calibration_text: str | None = Field(None, description="where not the text that is measured on")
-    tasks: str | None = Field(None, description="accuracy too, as `arc_easy,piqa`")
-    tasks_dir: str | None = Field(None, description="folder of the tasks' JSON lines; left out: the hub")
-    limit: int | None = Field(None, ge=1, description="questions of each task")
     tau1: float | None = None
     tau2: float | None = None
     epochs: int | None = Field(None, ge=0, description="of the paper's distillation")

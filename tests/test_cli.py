@@ -147,6 +147,8 @@ def test_an_experiment_gives_the_defaults(spd, plain, text_of_words, tmp_path):
     for wrong, message in (
         ({"common": {"tp": 0}}, "common.tp: Input should be greater than or equal to 1"),
         ({"common": {"tpp": 2}}, "common.tpp: Extra inputs are not permitted"),
+        ({"sweep": {"limit": 0}}, "sweep.limit: Input should be greater than or equal to 1"),
+        ({"sweep": {"tasks_dir": 3}}, "sweep.tasks_dir: Input is not a valid path"),
     ):
         Path("e.yaml").write_text(yaml.safe_dump(wrong))
         code, _, err = spd("--experiment", "e.yaml", "sensitivity", "--model", plain)

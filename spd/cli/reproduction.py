@@ -38,7 +38,7 @@ def preflight(
     if experiment is not None:
         budget = needed(experiment, model, tp, processes * nodes, processes)
         texts, tasks = texts or experiment.texts(), tasks or experiment.sweep.tasks
-        tasks_dir = tasks_dir or (Path(experiment.sweep.tasks_dir) if experiment.sweep.tasks_dir else None)
+        tasks_dir = tasks_dir or experiment.sweep.tasks_dir
     asked = Needs(model, tp, tuple(texts or ()), tuple(tasks.split(",") if tasks else ()), tasks_dir, device,
                   processes, nodes, folder, budget)  # fmt: skip
     with runtime("cpu") as here:
