@@ -131,18 +131,21 @@ class Session:
         plan: str | None = None,
         artifacts: list[Path] = (),
     ) -> None:
-        """Writes `--out` and the record, prints the result, mirrors the record to MLflow; on rank 0 alone."""
+        """Writes the record, then `--out`, prints the result, mirrors the record to MLflow; on rank 0 alone.
+
+        In this order: Make takes a stage with its `--out` as done, so what is killed before has none.
+        """
         if not self.runtime.leads:
             return
         document = result | {k: v for k, v in (("model", model), ("tp", tp), ("data", data)) if v is not None}
         o = self.options
-        if o.out is not None and self.command not in ("report", "ledger", "export"):
-            track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         record = track.make_record(
             self.command, vars(o), document, started=self.started, model=model, tp=tp, data=data, plan=plan,
             reproduction=o.reproduction,
         )  # fmt: skip
         path = track.write_record(record, o.records)
+        if o.out is not None and self.command not in ("report", "ledger", "export"):
+            track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
         print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
         if o.mlflow:
             mirror.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or mirror.DEFAULT_TRACKING_URI)

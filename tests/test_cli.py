@@ -233,6 +233,28 @@ def test_help_is_there(spd):
         assert spd(command, "--help")[0] == 0
 
 
+def test_the_record_is_written_before_the_result(spd, common, tmp_path, monkeypatch):
+    """A kill between them leaves no --out that Make takes as done while no record says so."""
+    from spd import mirror, track
+
+    written, write = [], track.write_json
+
+    def killed(path, document):
+        written.append(Path(path).parent.name)
+        if Path(path).name == "out.json":
+            raise KeyboardInterrupt
+        write(path, document)
+
+    monkeypatch.setattr(track, "write_json", killed)
+    monkeypatch.setattr(mirror, "mirror_to_mlflow", lambda *_, **__: written.append("mlflow"))
+    code, result, _ = spd("eval", *common, "--windows", 2, "--out", "stage/out.json", mirror=True)
+    assert code == 130 and result is None and written == ["runs", "stage"]
+    assert len(list((tmp_path / "runs").iterdir())) == 1 and not list((tmp_path / "stage").iterdir())
+    monkeypatch.setattr(track, "write_json", lambda path, _: written.append(Path(path).parent.name))
+    code, result, _ = spd("eval", *common, "--windows", 2, "--out", "stage/out.json", mirror=True)
+    assert code == 0 and result and written[2:] == ["runs", "stage", "mlflow"]
+
+
 def test_a_killed_write_leaves_nothing(spd, common, tmp_path, monkeypatch):
     """A disk that fills up while the result is written: a sentence, and neither half a file nor a temporary one."""
 
