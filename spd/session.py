@@ -25,8 +25,10 @@ LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, 
 class Session:
     """One run of a command with its options, on every process that was started for it."""
 
-    def __init__(self, command: str, options: dict[str, Any]):
+    def __init__(self, command: str, options: dict[str, Any], place: Path | None, result: Path | None):
+        """`place` is a folder that must be writable before the work; `result` the file that the document goes to."""
         self.command, self.options = command, SimpleNamespace(**options)
+        self.place, self.result = place, result
         self.started = datetime.now(UTC)
         self._stack = ExitStack()
 
@@ -34,10 +36,8 @@ class Session:
         self.runtime: Runtime = self._stack.enter_context(runtime(getattr(self.options, "device", "cpu")))
         if self.runtime.leads:  # before the work, lest its result have nowhere to go
             track.check_writable(self.options.records)
-            if self.options.out is not None:
-                track.check_writable(
-                    self.options.out if self.command in ("report", "distill") else self.options.out.parent
-                )
+            if self.place is not None:
+                track.check_writable(self.place)
         return self
 
     def __exit__(self, *error) -> None:
@@ -131,9 +131,9 @@ class Session:
         plan: str | None = None,
         artifacts: list[Path] = (),
     ) -> None:
-        """Writes the record, then `--out`, prints the result, mirrors the record to MLflow; on rank 0 alone.
+        """Writes the record, then the result's file, prints it, mirrors the record to MLflow; on rank 0 alone.
 
-        In this order: Make takes a stage with its `--out` as done, so what is killed before has none.
+        In this order: Make takes a stage with that file as done, so what is killed before has none.
         """
         if not self.runtime.leads:
             return
@@ -144,8 +144,8 @@ class Session:
             reproduction=o.reproduction,
         )  # fmt: skip
         path = track.write_record(record, o.records)
-        if o.out is not None and self.command not in ("report", "ledger", "export"):
-            track.write_json(o.out / "result.json" if self.command == "distill" else o.out, document)
+        if self.result is not None:
+            track.write_json(self.result, document)
         print(json.dumps(document, separators=(",", ":"), allow_nan=False), flush=True)
         if o.mlflow:
             mirror.mirror_to_mlflow(record, path, artifacts, tracking_uri=tracking_uri() or mirror.DEFAULT_TRACKING_URI)

@@ -255,6 +255,26 @@ def test_the_record_is_written_before_the_result(spd, common, tmp_path, monkeypa
     assert code == 0 and result and written[2:] == ["runs", "stage", "mlflow"]
 
 
+def test_a_command_that_fills_its_out_says_where_its_result_goes(spd, common, tmp_path):
+    """Folders of 'distill', 'export' and 'report', the page of 'ledger': the printed result only where it belongs."""
+    measured(spd, common)
+    assert json.loads(Path("s.json").read_text())["sensitivity"]
+    for command, results in (
+        (["distill", *common, "--windows", 4, "--drop", "0", "--recipe", "zs"], ["result.json"]),
+        (["export", *common[:2], "--plan", "distill"], []),
+        (["report", "runs"], []),
+    ):
+        code, _, err = spd(*command, "--out", command[0])
+        assert code == 0, err
+        assert [path.name for path in Path(command[0]).glob("result*")] == results
+        Path("file").touch()
+        code, _, err = spd(*command, "--out", f"file/{command[0]}")  # found before the work
+        assert code == 1 and "Cannot write file" in err and ".probe" in err
+    code, result, err = spd("ledger", "runs", "--out", "page/ledger.md")
+    assert code == 0 and result, err
+    assert Path("page/ledger.md").read_text().startswith("#")
+
+
 def test_a_killed_write_leaves_nothing(spd, common, tmp_path, monkeypatch):
     """A disk that fills up while the result is written: a sentence, and neither half a file nor a temporary one."""
 

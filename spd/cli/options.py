@@ -66,13 +66,21 @@ BatchSize = Annotated[int, typer.Option(help="Contexts of tasks in a forward pas
 RUNS = Path("runs")
 
 
-def open_session(context: typer.Context):
+def open_session(context: typer.Context, own: Path | None = None, result: Path | None = None):
+    """A session whose result goes to `--out`.
+
+    A command that fills `--out` by itself says which folder it writes to (`own`), and the file that its result goes
+    to, if any.
+    """
     from spd.session import Session
 
     _check_choice("dtype", context.params, ("float32", "bfloat16", "float16"))
     _check_choice("device", context.params, ("cpu", "cuda"))
     say_if_dry(context)
-    return Session(context.info_name, context.params)
+    if own is None and context.params["out"] is not None:
+        result = context.params["out"]
+        own = result.parent
+    return Session(context.info_name, context.params, own, result)
 
 
 def say_if_dry(context: typer.Context) -> None:

@@ -66,7 +66,7 @@ def distill(
     from spd.repair.recipes import Options, total_steps
 
     options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
-    with open_session(context) as session:
+    with open_session(context, own=out, result=out / "result.json") as session:
         loaded = session.load()
         document = session.plan_document(loaded)
         data = session.windows(loaded)
@@ -93,7 +93,7 @@ def export(
     from spd.export import export as write
     from spd.plan import degree
 
-    with open_session(context) as session:
+    with open_session(context, own=out.parent) as session:
         session.options.tp = tp or degree(plan)
         loaded = session.load()
         session.plan(loaded)

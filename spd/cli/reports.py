@@ -23,7 +23,7 @@ def report(
     from spd.report import print_tables
     from spd.report import report as draw
 
-    with open_session(context) as session:
+    with open_session(context, own=out) as session:
         result = draw(records_, out, page)
         print_tables(records_)
         session.publish(result, artifacts=[Path(file) for file in result["files"]])
@@ -39,6 +39,6 @@ def ledger(
     """Every claim of the paper beside what the records say of it, one row a claim, as Markdown."""
     from spd.report.ledger import write_ledger
 
-    with open_session(context) as session:
+    with open_session(context, own=out.parent) as session:
         result = write_ledger(records_, out)
         session.publish(result, artifacts=[out])
