@@ -13,22 +13,22 @@ override PYTHON := $(dir $(READY))bin/python
 export PYTHONNOUSERSITE := 1
 endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
-
-#: PYTHON=...       use this interpreter and make no environment
-#: ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
-#: TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
-#: ARGS=...         more arguments for pytest, every stage of a reproduction, bench-* or the MLflow server
-#: MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree
-#: NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-*
-#: EVAL_TEXT=FILE TASKS=a,b TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README
-#: MODELS, TPS, TEXTS, LINKS  lists that sensitivities and bench-links go over
-#: DRY_RUN=1 SHAPE_ONLY=1     say what it takes, or run the chain on two random blocks
+export PYTHON TORCH_INDEX MODEL TEXT TP MODELS TPS TEXTS LINKS LINK SHAPE
+.PHONY: help env test lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
+#:   PYTHON=...       use this interpreter and make no environment
+#:   ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
+#:   TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
+#:   ARGS=...         more arguments for pytest, every stage of a reproduction, bench-* or the MLflow server
+#:   MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree
+#:   NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-*
+#:   EVAL_TEXT=FILE TASKS=a,b TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README
+#:   MODELS, TPS, TEXTS, LINKS  lists that sensitivities and bench-links go over
+#:   DRY_RUN=1 SHAPE_ONLY=1     say what it takes, or run the chain on two random blocks
 help:  ## Show this list
-	@sed -n 's/^\([a-z][a-z0-9%-]*\):.*##  *\(.*\)/  \1                    \2/p' Makefile | sed 's/^\(  .\{17\}\) */\1/'
-	@echo; echo "Settings:"; sed -n 's/^#: /  /p' Makefile
-
+	@sed -n 's/^\([a-z][a-z0-9%-]*\)[:)].*# *\([A-Z].*\)/  \1                    \2/p' Makefile experiments/measure.sh | sed 's/^\(  .\{17\}\) */\1/'
+	@echo "Settings:"; sed -n 's/^#: //p' Makefile
 $(READY):
-	@TORCH_INDEX="$(TORCH_INDEX)" sh experiments/environment.sh "$(ENV_TOOL)" $@
+	@sh experiments/environment.sh "$(ENV_TOOL)" $@
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
 	@echo "Ready: $(PYTHON)"
 test: $(READY)  ## Run the test suite
@@ -54,7 +54,6 @@ ON = --tp $(TP) $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVI
 TASK = $(if $(TASKS),--tasks $(TASKS)) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
 # On a text of the user's for a paper's experiment, evaluation is on another text, or on the windows after calibration's.
 APART = $(if $(CUDA),$(if $(TEXT),--calibration-text "$(TEXT)" $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)",--skip 128)))
-
 # Latency is measured on one GPU a shard, over direct links and without them, or on this machine's cores.
 TIMED = $(if $(CUDA),[ $(TP) = $$(( $(NPROC) * $(NNODES) )) ] || { echo "Latency was left out: NPROC=$(TP)." >&2; exit 0; }; $(GO),$(PYTHON))
 BENCH = -m spd --experiment $< bench --sensitivity $(RUN)/sensitivity.json $(if $(MODEL),--model "$(MODEL)") $(if $(CUDA),--device cuda --tp $(TP))
@@ -80,38 +79,27 @@ reproduce-%: experiments/%.yaml | $(READY)
 	+@$(MAKE) --no-print-directory -n DRY_RUN= $@
 	@$(PYTHON) experiments/budget.py $< --tp $(TP) --processes $$(( $(NPROC) * $(NNODES) )) --nodes $(NNODES) $(if $(MODEL),--model "$(MODEL)")
 endif
-
 PAPER = $(@:reproduce-%=llama2-%)
 ifndef SHAPE_ONLY
-reproduce-7b reproduce-13b:  
+reproduce-7b reproduce-13b:
 	+@for tp in $(if $(filter file,$(origin TP)),8 4,$(TP)); do $(MAKE) --no-print-directory reproduce-$(PAPER) TP=$$tp \
 	  NPROC=$$(( $(NPROC) * $(NNODES) < tp ? $(NPROC) : tp / $(NNODES) )) || exit; done
-reproduce-70b:
+reproduce-70b:  ## LLaMA2-70B on the node's eight GPUs; reproduce-7b and -13b: at tp 8 and 4 on one, or NPROC=8
 	+@$(MAKE) --no-print-directory reproduce-$(PAPER) NPROC=$(if $(filter file,$(origin NPROC)),8,$(NPROC))
 else
 reproduce-7b reproduce-13b reproduce-70b: | $(READY)
 	$(PYTHON) experiments/shape_only.py --shape $(PAPER) --blocks 2 --out runs/$(PAPER)-shape-only/model
 	+@$(MAKE) --no-print-directory reproduce-shape-only NAME=$(PAPER)-shape-only MODEL=runs/$(PAPER)-shape-only/model
 endif
-
-keep:  ## Put the records of RUN=runs/NAME among the committed ones, and draw their figures
+keep: $(READY)  ## Put the records of RUN=runs/NAME among the committed ones, and draw their figures
 	mkdir -p experiments/records/$(notdir $(RUN)) && cp $(RUN)/records/*.json experiments/records/$(notdir $(RUN))/
-	$(MAKE) --no-print-directory figures ledger
+	sh paper_figures/draw.sh $(notdir $(RUN))
 figures: $(READY)  ## Draw paper_figures again from the committed records
-	PYTHON="$(PYTHON)" sh paper_figures/all.sh
+	sh paper_figures/draw.sh
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) paper_figures/draw_ledger.py experiments/records --out REPRODUCTION.md
-sensitivities bench-links check-prediction bench-gpu: $(READY)
-	PYTHON="$(PYTHON)" MODELS="$(MODELS)" TPS="$(TPS)" TEXTS="$(TEXTS)" LINKS="$(LINKS)" sh experiments/loops.sh $@ $(ARGS)
-ablation: $(READY)  ## What each step of a repair gives, on MODEL and TEXT
-	$(PYTHON) experiments/ablation.py --model $(or $(MODEL),spd-tiny) --text $(or $(TEXT),builtin) --tp $(TP) --calibration 128 --skip 128 \
-	  --windows 64 --learning-rate 0.001 --repairs runs/ablation/repairs --records runs/ablation/records $(ARGS) >/dev/null
-predict: $(READY)  ## The paper's latency figures for LLaMA2 7B-70B, predicted, beside its claims
-	$(PYTHON) experiments/predict_paper.py --records runs/predict --reproduction predicted >/dev/null
-bench-peers: $(READY)  ## TTFT and TPOT beside transformers: same weights, same threads, one run (under ten minutes)
-	$(PYTHON) experiments/bench_peers.py --records runs/bench-peers --reproduction peers $(ARGS) >/dev/null
-budget: $(READY)  ## What repairing LLaMA2 takes, estimated
-	$(PYTHON) experiments/budget.py --records runs/budget >/dev/null
+sensitivities ablation predict bench-peers bench-links check-prediction bench-gpu budget: $(READY)
+	sh experiments/measure.sh $@ $(ARGS)
 notebooks: $(READY)  ## Run the notebooks and keep what they show in them
 	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped

@@ -14,6 +14,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from budget import budget
+from predict_paper import predict
+from table1 import table1
 
 from spd.cli import main
 
@@ -77,6 +80,7 @@ CASES = {
     "stories-export-eval": f"eval --model {{stories-export}} {TALES} --windows 8 --plan {{stories-export}}/plan.json",
     "stories-generate": f"generate {STORIES} --prompt 'Once upon a time' --max-new-tokens 16 --drop 2",
 }
+SCRIPTS = {"table1": table1, "predict-paper": predict, "budget": budget}
 # Of commands that measure times: what is no time. Of the paper's prediction, which has thousands: every tenth row.
 KEPT = {"bench": r"(plan|blocks_dropped|communicates|count|bytes|blocks|parameters|tp|link)$", "profile": "^$",
         "report": "^$", "predict-paper": r"^(?!(heat_map\.speedup\.\w+|figure7)\.\d*[1-9]\.)"}  # fmt: skip

@@ -197,9 +197,10 @@ def test_an_interpreter_that_the_user_names_is_used_as_it_is(checkout):
 def test_make_alone_lists_every_target_and_setting_and_makes_nothing(checkout):
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z][\w%-]*):.*##", makefile, re.MULTILINE)
+    targets += re.search(r"^(.*bench-peers.*): ", makefile, re.MULTILINE)[1].split()
     done = checkout.make()
     listed = re.findall(r"^  ([a-z][\w%-]*) +\S", done.stdout, re.MULTILINE)
-    assert done.returncode == 0 and listed == targets and len(targets) > 15
+    assert done.returncode == 0 and sorted(listed) == sorted(targets) and len(targets) > 15
     for setting in ("MODEL", "TEXT", "TP", "NPROC", "NNODES", "TASKS_DIR", "LIMIT", "STRATEGIES", "DRY_RUN", "PYTHON"):
         assert f"{setting}=" in done.stdout
     assert checkout.calls == []

@@ -64,7 +64,7 @@ def test_importing_every_module_starts_nothing_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1, f"an import printed:\n{done.stdout}"
     found = json.loads(done.stdout)
-    assert {"spd", "spd.tiny", "spd.tiny.corpus", "train_tiny"} <= set(found.pop("modules"))
+    assert {"spd", "spd.tiny", "spd.tiny.corpus", "spd.cli"} <= set(found.pop("modules"))
     assert found == {"process_group": False, "cuda": False, "children": [], "tracked_runs": []}
     assert list(tmp_path.iterdir()) == []
     assert set(ROOT.joinpath("spd").rglob("*")) == before
