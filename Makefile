@@ -13,7 +13,7 @@ override PYTHON := $(dir $(READY))bin/python
 export PYTHONNOUSERSITE := 1
 endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
-export PYTHON TORCH_INDEX MODEL TEXT TP MODELS TPS TEXTS LINKS LINK SHAPE
+export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
 .PHONY: help env test lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
 #:   PYTHON=...       use this interpreter and make no environment
 #:   ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
@@ -99,7 +99,7 @@ figures: $(READY)  ## Draw paper_figures again from the committed records
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) paper_figures/draw_ledger.py experiments/records --out REPRODUCTION.md
 sensitivities ablation predict bench-peers bench-links check-prediction bench-gpu budget: $(READY)
-	sh experiments/measure.sh $@ $(ARGS)
+	TP=$(TP) sh experiments/measure.sh $@ $(ARGS)
 notebooks: $(READY)  ## Run the notebooks and keep what they show in them
 	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
