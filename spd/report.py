@@ -1,0 +1,350 @@
+"""Records to figures and tables: sensitivity, perplexity, accuracy on tasks, time to first token, and all on one sheet.
+
+Everything drawn or tabled is read from records; a number that is missing is an error, never 0. The same records give
+the same bytes, and every file names its records and their commits. For notebooks: `sensitivity_figure`,
+`perplexity_figure`, `accuracy_figure`, `ttft_figure` and `overview_figure` each take `load_records`' records of one
+model and return a matplotlib Figure (with its caption below), the `..._table` functions a `Table` with a DataFrame.
+"""
+
+import io
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from spd.errors import SPDError
+from spd.records import load_records, write_bytes
+from spd.tables import (
+    Record,
+    Table,
+    asked_words,
+    data_words,
+    has_tasks,
+    machine,
+    newest,
+    number,
+    perplexity_table,
+    points_of,
+    provenance,
+    scores,
+    sensitivity_table,
+    setting_words,
+    subject,
+    suffixed,
+    sweeps_of,
+    tables,
+    ttft_table,
+)
+
+BLUE, ORANGE, GREEN, RED, PURPLE, *_ = COLOURS = sns.color_palette("colorblind")
+STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), "font.sans-serif": ["DejaVu Sans"]}
+CLASS_COLOURS = {"ISB": BLUE, "SB": ORANGE, "ESB": PURPLE}
+CLASS_NAMES = {"ISB": "ISB (in-sensitive)", "SB": "SB (sensitive)", "ESB": "ESB (extremely sensitive)"}
+STRATEGIES = {"zs": "ZS: zero-shot", "b2b": "ZS + B2B distillation", "b2b+hg": "ZS + B2B + head grouping",
+              "closed-form": "closed form", "best": "best recipe"}  # fmt: skip
+PARTS = {"compute_ms": ("computation", BLUE), "real_ms": ("real collectives", ORANGE),
+         "emulated_ms": ("emulated link", "0.72")}  # fmt: skip
+LOG_FROM = 8  # a span of perplexities wider than this factor is drawn on a logarithmic axis
+plain = FuncFormatter(lambda value, _: f"{value:.4g}".replace("-", "−"))  # a tick's label
+
+
+# ---------------------------------------------------------------- figures
+
+
+def finish(figure: Figure, caption: str, records: Sequence[Record] = (), size: float = 8) -> Figure:
+    """The figure with its caption below, wrapped to its width, and the records that `png` names."""
+    figure.caption, figure.records = caption, records
+    width = int(figure.get_size_inches()[0] * 72 / (size * 0.54))
+    wrapped = textwrap.fill(caption, width, break_on_hyphens=False)
+    figure.supxlabel(wrapped, x=0.01, ha="left", fontsize=size, color="0.25")
+    return figure
+
+
+def png(figure: Figure, dpi: int = 200) -> bytes:
+    """The same bytes for the same records, which they name."""
+    metadata = {"Description": figure.caption, "Source": provenance(figure.records), "Software": "spd"}
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata=metadata)
+    return buffer.getvalue()
+
+
+def sensitivity_figure(records: Sequence[Record]) -> Figure:
+    """The paper's figure 4: bars a block in perplexity points, and in nats; needs a sensitivity record."""
+    table = sensitivity_table(records)
+    taus = {name: table.records[1]["result"][key] for name, key in (("τ₁", "tau1"), ("τ₂", "tau2"))
+            if len(table.records) > 1}  # fmt: skip
+    with rc_context(STYLE):
+        figure = Figure(figsize=(min(11.0, max(6.4, 3 + 0.13 * len(table.frame))), 5.4), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        _sensitivity_panel(upper, table.frame, "sensitivity", "perplexity points", taus)
+        _sensitivity_panel(lower, table.frame, "sensitivity_nats", "nats", {})
+        upper.set_xlabel("")
+        _class_legend(upper, table.frame)
+    return finish(figure, table.caption, table.records)
+
+
+def _sensitivity_panel(ax: Axes, frame: pd.DataFrame, column: str, unit: str, taus: Mapping[str, float]) -> None:
+    colours = [CLASS_COLOURS[name] for name in frame["class"]] if "class" in frame else [BLUE] * len(frame)
+    inside = frame["dropped"] == "yes" if "dropped" in frame else [True] * len(frame)
+    pale = [[0.4 * part + 0.6 for part in colour] for colour in colours]  # unlike transparency it hides the grid
+    drawn = [strong if kept else light for strong, light, kept in zip(colours, pale, inside, strict=True)]
+    ax.bar(frame["block"], frame[column], color=drawn, width=0.8, linewidth=0)
+    sizes = sorted(abs(v) for v in (*frame[column], *taus.values()) if v)
+    if sizes and sizes[-1] > 30 * sizes[len(sizes) // 5]:
+        small = max(sizes[len(sizes) // 5], sizes[-1] / 1e4)
+        ax.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(small)), linscale=0.7)
+    for name, tau in taus.items():
+        ax.axhline(tau, color="0.25", linestyle="--", linewidth=0.9)
+        ax.annotate(name, (1, tau), (3, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center")
+    ax.margins(y=0.12)
+    ax.axhline(0, color="0.25", linewidth=0.8)
+    ax.set(xlabel="block", ylabel=f"sensitivity ({unit})", xlim=(-0.7, len(frame) - 0.3))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(plain)
+    ax.grid(visible=False, axis="x")
+
+
+def _class_legend(ax: Axes, frame: pd.DataFrame, short: bool = False) -> None:
+    if "class" in frame:
+        names = [name for name in CLASS_COLOURS if name in set(frame["class"])]
+        handles = [Patch(color=CLASS_COLOURS[name], label=name if short else CLASS_NAMES[name]) for name in names]
+        handles += [] if all(frame["dropped"] == "yes") else [Patch(color="0.8", label="outside budget")]
+        legend_above(ax, 4 if short else 2, handles=handles)
+
+
+def legend_above(ax: Axes, columns: int = 2, **options: Any) -> None:
+    """Over the panel, where no bar or line can lie under it."""
+    compact = {"handlelength": 1.3, "columnspacing": 0.9, "handletextpad": 0.4, "frameon": False, "fontsize": 7.5}
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=columns, borderaxespad=0.1, **compact, **options)
+
+
+def axis_of_blocks(ax: Axes, blocks: float) -> None:
+    """Percentage of `blocks` dropped below, their number above."""
+    ax.set(xlabel="blocks dropped (%)", xlim=(-2, 102))
+    top = ax.secondary_xaxis("top", functions=(lambda p: p * blocks / 100, lambda b: b * 100 / blocks))
+    top.set_xlabel("blocks dropped")
+    top.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+
+
+def _single(table: Table, draw: Callable, width: float = 6.4) -> Figure:
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, 4.4), layout="constrained")
+        draw(figure.subplots(), table)
+    return finish(figure, table.caption, table.records)
+
+
+def perplexity_figure(records: Sequence[Record]) -> Figure:
+    """The lower panels of the paper's figures 7 and 8; needs a sweep record."""
+    return _single(perplexity_table(records), _perplexity_panel)
+
+
+def _perplexity_panel(ax: Axes, table: Table) -> None:
+    frame = table.frame.assign(strategy=table.frame["strategy"].map(lambda name: STRATEGIES.get(name, name)))
+    sns.lineplot(frame, x="percent", y="perplexity", hue="strategy", style="strategy", markers=True, dashes=False,
+                 ax=ax, palette="colorblind", clip_on=False, zorder=3)  # fmt: skip
+    full = frame.loc[frame["blocks"] == 0, "perplexity"].iloc[0]
+    ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
+    if frame["perplexity"].max() > LOG_FROM * full:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(plain)
+    ax.set(ylabel="perplexity")
+    axis_of_blocks(ax, number(table.records[-1], "model", "blocks"))
+    ax.legend(loc="upper left")
+
+
+def accuracy_figure(records: Sequence[Record], of: str = "average") -> Figure:
+    """The upper panels of the paper's figures 7 and 8 (`average`), and figure 9 (`mmlu`); needs sweeps with tasks."""
+    sweeps = sweeps_of(records, tasks=True)
+    rows = [row | scores(source, "result", "curve", i)[of] for row, i, source in points_of(sweeps)]
+    first = scores(sweeps[-1], "result", "curve", 0)
+    what = f"mean over {len(first) - 1 - ('mmlu' in first)} tasks of the" if of == "average" else of
+    put = {name: row for name, row in first.items() if (name == of or (of == "average" and name != "mmlu"))}
+    caption = (
+        f"Accuracy ({what} harness's acc) against the share of blocks that drop their attention sync point; bars:"
+        " standard error of the difference from the model with every sync point kept (dashed) on the same questions;"
+        f" dotted: guessing. {asked_words(put, sweeps[-1])}"
+    )
+    table = Table("accuracy", caption, pd.DataFrame(rows), sweeps)
+    return _single(table, partial(_accuracy_panel, label=f"{'average accuracy' if of == 'average' else of} (%)"))
+
+
+def _accuracy_panel(ax: Axes, table: Table, label: str) -> None:
+    curves = table.frame.groupby("strategy", sort=False)
+    for i, (name, points) in enumerate(curves):
+        x = points["percent"] + 0.8 * (i - (len(curves) - 1) / 2)  # beside one another, so that all bars are seen
+        ax.errorbar(x, 100 * points["acc"], 100 * points["difference_stderr"], label=STRATEGIES.get(name, name),
+                    color=COLOURS[i], marker="osD^vP"[i % 6], markersize=4, elinewidth=0.8, capsize=2)  # fmt: skip
+    full, chance = 100 * table.frame["acc_full"].iloc[-1], 100 * table.frame["chance"].iloc[-1]
+    ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.1f} %")
+    ax.axhline(chance, color="0.5", linestyle=":", linewidth=1, label=f"guessing: {chance:.1f} %")
+    ax.set(ylabel=label)
+    axis_of_blocks(ax, number(table.records[-1], "model", "blocks"))
+    ax.legend(loc="best")
+
+
+def ttft_figure(records: Sequence[Record]) -> Figure:
+    """The paper's figure 7's times as bars a plan; needs a bench record."""
+    table = ttft_table(records)
+    return _single(table, _ttft_panel, max(6.4, 2 + 0.7 * len(table.frame)))
+
+
+def _ttft_panel(ax: Axes, table: Table) -> None:
+    frame, bounds, bottom = table.frame, table.records[0]["result"].get("bounds") or {}, 0.0
+    for key, (label, colour) in PARTS.items():
+        if frame[key].any():
+            ax.bar(frame.index, frame[key], bottom=bottom, label=label, color=colour, width=0.7, linewidth=0)
+        bottom = bottom + frame[key]
+    ax.errorbar(frame.index, bottom, frame["ttft_spread_ms"] / 2, fmt="none", ecolor="0.15", elinewidth=1, capsize=3)
+    if "formula_ms" in frame:
+        ax.plot(frame.index, frame["formula_ms"], "D:", color=PURPLE, markersize=3.5, linewidth=1, label="by formula")
+    for style, name in zip(("--", ":", "-."), bounds, strict=False):
+        bound = number(table.records[0], "result", "bounds", name, "ttft_ms", "median")
+        ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g} ms")
+    stride = math.ceil(len(frame) / 12)
+    labels = [
+        f"{blocks}\n{percent:.3g} %" for blocks, percent in zip(frame["blocks_dropped"], frame["percent"], strict=True)
+    ]
+    ax.set_xticks(frame.index[::stride], labels[::stride])
+    ax.set(xlabel="blocks dropped", ylabel="time to first token (ms)")
+    ax.grid(visible=False, axis="x")
+    legend_above(ax)
+
+
+def overview_figure(records: Sequence[Record]) -> Figure:
+    """Sensitivity, perplexity and time to first token of one model side by side: those of the three with a record."""
+    panels = {}
+    if newest(records, "sensitivity"):
+        panels["sensitivity"] = sensitivity_table(records), _overview_sensitivity
+    if newest(records, "sweep"):
+        panels["sweep"] = perplexity_table(records), _perplexity_panel
+    if newest(records, "bench"):
+        panels["bench"] = ttft_table(records), _ttft_panel
+    with rc_context(STYLE | {"legend.fontsize": 7, "font.size": 8}):
+        figure = Figure(figsize=(3.6 * len(panels), 3.9), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)
+        for ax, (table, draw) in zip(figure.subplots(1, len(panels)), panels.values(), strict=True):
+            draw(ax, table)
+    words = []
+    for command, (table, _) in panels.items():
+        record = table.records[0 if command == "sensitivity" else -1]
+        words.append(setting_words(record) if command == "bench" else f"{subject(record)}, {data_words(record)}")
+    if {"sweep", "bench"} <= set(panels):
+        swept, timed = (set(panels[c][0].frame[k]) for c, k in (("sweep", "blocks"), ("bench", "blocks_dropped")))
+        same = "the same" if timed <= swept else "other"
+        than = "as" if timed <= swept else "than"
+        words[-1] += (
+            f", {same} numbers of dropped blocks {than} the perplexities at tp={newest(records, 'sweep')['tp']}"
+        )
+    sides = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
+    caption = " ".join(f"{side}: {text}." for side, text in zip(sides, words, strict=True))
+    used = [record for table, _ in panels.values() for record in table.records]
+    return finish(figure, f"{caption} {machine(used[-1])}.", used)
+
+
+def _overview_sensitivity(ax: Axes, table: Table) -> None:
+    _sensitivity_panel(ax, table.frame, "sensitivity", "perplexity points", {})
+    _class_legend(ax, table.frame, short=True)
+
+
+def figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Of `load_records`' records every figure by its name."""
+    makers = {"sensitivity": ("sensitivity", sensitivity_figure), "perplexity": ("sweep", perplexity_figure),
+              "ttft": ("bench", ttft_figure)}  # fmt: skip
+    found, subjects = {}, suffixed(records)
+    for suffix, mine in subjects:
+        found |= {name + suffix: draw(mine) for name, (command, draw) in makers.items() if newest(mine, command)}
+        if has_tasks(mine):
+            known = scores(sweeps_of(mine, tasks=True)[-1], "result", "curve", 0)
+            found |= {f"accuracy{'-mmlu' * (of == 'mmlu')}{suffix}": accuracy_figure(mine, of)
+                      for of in ("average", "mmlu") if of in known}  # fmt: skip
+    for suffix, mine in _of_models(subjects).items():
+        if sum(newest(mine, command) is not None for command in ("sensitivity", "sweep", "bench")) > 1:
+            found["overview" + suffix] = overview_figure(mine)
+    return found
+
+
+def _of_models(subjects: Sequence[tuple[str, list[Record]]]) -> dict[str, list[Record]]:
+    """The records of each model: its timings, else those at the newest sensitivity's or sweep's degree."""
+    found: dict[str, list[Record]] = {}
+    for suffix, mine in subjects:
+        found.setdefault(re.sub(r"-tp\d+$", "", suffix), []).extend(mine)
+    for suffix, mine in found.items():
+        mine.sort(key=lambda r: (r["started"], r["id"]))
+        accuracy = newest(mine, "sensitivity") or newest(mine, "sweep")
+        found[suffix] = [r for r in mine if r["command"] == "bench" or not accuracy or r["tp"] == accuracy["tp"]]
+    return found
+
+
+# ---------------------------------------------------------------- files
+
+
+TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
+
+
+def report(records: Iterable[Path | str], out: Path | str, page: Path | None = None) -> dict:
+    """Write the figures (PNG) and tables (CSV, `tables.md`) of record files or folders into `out`.
+
+    `page` is a text with places marked for some of the tables, which are put in there as well (`embed`). The newest
+    record of each kind, model and tp counts; of several models or degrees each gets its own files. Returns
+    `{"files": [paths written]}`. Everything is drawn before the first file is written.
+    """
+    loaded = load_records(records)
+    found = tables(loaded)
+    if not found:
+        raise SPDError("None of the records is of sensitivity, sweep, bench or tasks: there is nothing to report.")
+    return {"files": write_all(figures(loaded), found, out, page)}
+
+
+def write_all(drawn: Mapping[str, Figure], found: Sequence[Table], out: Path | str, page: Path | None = None) -> list:
+    """Write figures by name and tables; returns the paths."""
+    out = Path(out)
+    content = {out / f"{name}.png": png(figure) for name, figure in drawn.items()}
+    content |= {out / f"{t.name}.csv": t.frame.to_csv(index=False, lineterminator="\n").encode() for t in found}
+    content[out / "tables.md"] = markdown(found).encode()
+    if page is not None:
+        content[Path(page)] = embed(Path(page).read_text(), found).encode()
+    for path, data in content.items():
+        write_bytes(path, data)
+    return [str(path) for path in content]
+
+
+def markdown(found: Sequence[Table], title: str = TITLE) -> str:
+    """Tables under their names, captions and sources."""
+    parts = [title]
+    for table in found:
+        caption = f"{table.caption}\n\n" if table.caption else ""
+        source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
+        parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
+    return "\n".join(parts)
+
+
+def embed(page: str, found: Sequence[Table]) -> str:
+    """`page` with the tables that it marks by `<!-- table NAME -->` and `<!-- end -->` put between the two."""
+    embedded = page
+    for table in found:
+        marked = re.compile(rf"(<!-- table {re.escape(table.name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        embedded, _ = marked.subn(lambda m, t=table: f"{m[1]}\n{t.markdown()}\n\n{m[2]}", embedded)
+    if not any(f"<!-- table {table.name} -->" in page for table in found):
+        names = ", ".join(table.name for table in found)
+        raise SPDError(f"The page has no place marked for a table: <!-- table NAME -->, NAME one of {names}.")
+    return embedded
+
+
+def print_tables(records: Iterable[Path | str]) -> None:
+    """The tables of record files as Markdown on standard error."""
+    print(markdown(tables(load_records(records)), title=""), file=sys.stderr)
