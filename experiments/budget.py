@@ -12,8 +12,7 @@ from typing import Any
 
 from spd.closed_form import ClosedForm
 from spd.config import HUB_IDS, SHAPES, ModelConfig
-from spd.distill import Options as Recipe
-from spd.distill import split
+from spd.distill import Recipe, recipe_named, split
 from spd.experiment import Experiment
 from spd.latency import gpu_flops, gpu_memory
 from spd.least_squares import RIDGES
@@ -187,9 +186,9 @@ def sweep(job: Job, options: Mapping[str, Any]) -> Budget:
         epochs = options.get("epochs")
         if strategy in BY_PLAN:
             for count in filter(None, counts):
-                total = total.then(repair(job, options["calibration"], count, Recipe.of(strategy)))
+                total = total.then(repair(job, options["calibration"], count, recipe_named(strategy)))
         elif strategy != ZERO_SHOT:  # one repair serves all plans
-            total = total.then(repair(job, options["calibration"], blocks, Recipe.of("paper", strategy, epochs)))
+            total = total.then(repair(job, options["calibration"], blocks, recipe_named(strategy, epochs=epochs)))
     return total
 
 
@@ -205,7 +204,7 @@ def reckon(command: str, options: Mapping[str, Any], job: Job) -> Budget:
     if command == "table1":  # six models, one after the other
         return evaluation(job, 6 * windows, dtype)
     if command == "distill":
-        recipe = Recipe.of(options["recipe"], options["strategy"], options["epochs"], None, None, None, None)
+        recipe = recipe_named(options["recipe"], options["strategy"], epochs=options["epochs"])
         return repair(job, windows, job.config.num_blocks, recipe)
     if command == "bench":
         return Budget(0.0, job.weights(SIZES[dtype]))
@@ -271,7 +270,7 @@ def table(gpu: str = "a100") -> dict:
         for gpus in (1, TP):
             for name, recipe in RECIPES.items():
                 job = Job(SHAPES[model], TP, gpus, gpus, SEQ_LEN, gpu)
-                found = repair(job, WINDOWS, job.config.num_blocks, Recipe.of(*recipe))
+                found = repair(job, WINDOWS, job.config.num_blocks, recipe_named(*recipe))
                 rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found),
                              "fits": found.device_bytes <= gpu_memory(gpu)})  # fmt: skip
     return {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN,

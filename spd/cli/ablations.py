@@ -39,19 +39,21 @@ def ablate(
 ) -> None:  # fmt: skip
     """What each step of a repair gives: the recipes taken apart, on text that they have not seen."""
     from ablation import ablate as compare
-    from ablation import variants
+    from ablation import compared_recipes
 
     from spd.plan import Plan, parse_blocks
+    from spd.sweep import Repairer
 
-    compared = variants({"epochs": epochs, "learning_rate": learning_rate}, seed)
+    compared = compared_recipes({"epochs": epochs, "learning_rate": learning_rate}, seed)
     with open_session(context) as session:
         loaded = session.load()
         blocks = loaded.config.num_blocks
         plan = Plan.dropping(blocks, parse_blocks(drop, blocks))
         learnt, data = session.calibration(loaded, calibration), session.windows(loaded)
         with session.progress(len(compared), "variants") as done:
-            result = compare(session.load, plan, learnt.tokens, data.tokens, compared, repairs,
-                             session.runtime.is_main, session.progress, done)  # fmt: skip
+            repairer = Repairer(learnt.tokens, repairs, compared, is_main=session.runtime.is_main,
+                                progress=session.progress)  # fmt: skip
+            result = compare(session.load, plan, data.tokens, repairer, done)
         session.publish(result, loaded.describe(), tp, data.describe(), str(plan))
 
 

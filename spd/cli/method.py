@@ -149,7 +149,7 @@ def sweep(
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.sweep import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
+    from spd.sweep import ZERO_SHOT, Points, Repairer, curve, parse_strategies, sweep_recipes
 
     with open_session(context) as session:
         names, wanted, accuracy = parse_strategies(strategies), numbers(percentages), session.accuracy()
@@ -160,8 +160,8 @@ def sweep(
             learnt = session.calibration(loaded, calibration, calibration_text).tokens
             paper = {"epochs": epochs, "learning_rate": learning_rate}
             best = {"joint_epochs": joint_epochs, "generated": generated}
-            options = options_of(paper, best, seed)
-            prepared = Repairs(learnt, repairs, tau1, tau2, options, session.runtime.is_main, session.progress)
+            recipes = sweep_recipes(paper, best, seed)
+            prepared = Repairer(learnt, repairs, recipes, tau1, tau2, session.runtime.is_main, session.progress)
         if accuracy is not None:
             accuracy.compare_with(loaded)
         del loaded  # the curve reads it afresh for repairs, and two do not fit where one hardly does

@@ -62,10 +62,12 @@ def distill(
     is held out: a repair that does worse on it is undone. Give the folder to eval, generate or bench as --plan.
     Interrupted, the same command goes on after the last finished block.
     """
-    from spd.distill import Options, total_steps
     from spd.distill import distill as repair
+    from spd.distill import recipe_named, total_steps
 
-    options = Options.of(recipe, strategy, epochs, learning_rate, optimizer, joint_epochs, generated, seed)
+    changes = {"epochs": epochs, "learning_rate": learning_rate, "optimizer": optimizer}
+    changes |= {"joint_epochs": joint_epochs, "generated": generated}
+    options = recipe_named(recipe, strategy, seed, **changes)
     with open_session(context) as session:
         loaded = session.load()
         document = session.plan_document(loaded)
