@@ -2,40 +2,38 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
 from spd.cli import command, main
 from spd.closed_form import ClosedForm
-from spd.distill import Options, distill, total_steps
-from spd.evaluate import perplexity
-from spd.launch import bar
+from spd.distill import Recipe, recipe_named
+from spd.evaluate import Progress, perplexity, silent
 from spd.options import CALIBRATION, COMPUTE, MODEL, OUTPUT, TEXT, option
 from spd.plan import Plan, parse_blocks
 from spd.pretrained import SPDModel
+from spd.sweep import Repairer
 
 FULL = "every sync point kept"
 ZERO_SHOT = "zero-shot"
 
 
-def variants(paper: dict, seed: int = 0) -> dict[str, Options]:
+def compared_recipes(paper: dict, seed: int = 0) -> dict[str, Recipe]:
     """The repairs to compare, by name, each with one step more than the one before it.
 
-    Args:
-        paper: keyword arguments of `Options.of` for the paper's distillation, as its learning rate.
+    `paper` are changes to the paper's distillation as `recipe_named` takes them, such as its learning rate.
     """
-    best, closed_form = (Options.of(recipe, seed=seed) for recipe in ("best", "closed-form"))
-    b2b = Options.of("paper", "b2b", **paper, seed=seed)
+    zero_shot, closed_form, best = (recipe_named(name, seed=seed) for name in ("zs", "closed-form", "best"))
+    b2b, with_grouping = (recipe_named(name, seed=seed, **paper) for name in ("b2b", "b2b+hg"))
     nothing = ClosedForm(centre=False, correct=False, place=False, refit=False, refit_attention=False)
 
-    def steps(**taken: bool) -> Options:
+    def steps(**taken: bool) -> Recipe:
         return replace(closed_form, closed_form=replace(nothing, **taken))
 
     return {
-        ZERO_SHOT: Options.of("zs", seed=seed),
+        ZERO_SHOT: zero_shot,
         "paper: B2B": b2b,
-        "paper: B2B + HG": Options.of("paper", **paper, seed=seed),
+        "paper: B2B + HG": with_grouping,
         "B2B on the student's inputs": replace(b2b, students_inputs=True),
         "neurons placed": steps(place=True),
         "down projections refitted": steps(refit=True),
@@ -51,46 +49,25 @@ def variants(paper: dict, seed: int = 0) -> dict[str, Options]:
 
 
 def ablate(
-    load: Callable[[], SPDModel],
-    plan: Plan,
-    calibration: Tensor,
-    evaluation: Tensor,
-    compared: dict[str, Options],
-    folder: Path,
-    is_main: bool = True,
-    bar: Callable = bar,
-    progress: Callable[[int], None] = lambda n: None,
+    load: Callable[[], SPDModel], plan: Plan, evaluation: Tensor, repairer: Repairer, progress: Progress = silent
 ) -> dict:
-    """Perplexity of a plan after each repair.
+    """Perplexity of a plan on windows (W, T) after each of the repairer's recipes, which its calibration is apart from.
 
-    Args:
-        load: gives the model as read.
-        calibration, evaluation: windows (W, T), apart from one another.
-        folder: where the repairs are kept; an interrupted run goes on there.
-        bar: `spd.launch.bar` or one like it, for each repair.
-        progress: told of each variant done.
-
-    Returns:
-        `variants`: of each `name`, `perplexity`, `nats`, `seconds` (of the repair) and `recovered`, the share of what
-        zero-shot lost, in nats, that it wins back; first the model with every sync point kept.
-
-    Raises:
-        SPDError: as `distill` does.
+    `load` gives the model as read. Gives `variants`: of each `name`, `perplexity`, `nats`, `seconds` (of the repair)
+    and `recovered`, the share of what zero-shot lost, in nats, that it wins back; first the model with every sync kept.
     """
     model = load()
     rows = [{"name": FULL, "seconds": 0.0} | _scores(model, evaluation)]
-    for number, (name, options) in enumerate(compared.items()):
-        model, document = load(), {"policies": plan.policies()}
-        out = folder / f"variant-{number}"
-        with bar(total_steps(document, options, len(calibration)), f"steps, {name}") as told:
-            result = distill(model, calibration, document, options, out, is_main, told)
-        model.load_plan(out)  # also where an earlier run had finished it
+    for number, name in enumerate(repairer.recipes):
+        model = load()
+        folder, result = repairer.repair(model, {"policies": plan.policies()}, name, f"variant-{number}")
+        model.load_plan(folder)  # also where an earlier run had finished it
         rows.append({"name": name, "seconds": result["seconds"]} | _scores(model, evaluation))
         progress(1)
     full, lost = (next(row["nats"] for row in rows if row["name"] == name) for name in (FULL, ZERO_SHOT))
     for row in rows:
         row["recovered"] = (lost - row["nats"]) / (lost - full) if lost != full else None
-    counts = {"calibration": len(calibration), "evaluation": len(evaluation)}
+    counts = {"calibration": len(repairer.calibration), "evaluation": len(evaluation)}
     return {"variants": rows, "plan": str(plan), "windows": counts}
 
 
@@ -105,15 +82,15 @@ def _scores(model: SPDModel, evaluation: Tensor) -> dict:
          name="ablate")  # fmt: skip
 def ablation(session) -> None:
     """What each step of a repair gives: the recipes taken apart, on text that they have not seen."""
-    o = session.options
-    compared = variants({"epochs": o.epochs, "learning_rate": o.learning_rate}, o.seed)
-    model = session.load()
+    o, model = session.options, session.load()
+    compared = compared_recipes({"epochs": o.epochs, "learning_rate": o.learning_rate}, o.seed)
     blocks = model.config.num_blocks
     plan = Plan.dropping(blocks, parse_blocks(o.drop, blocks))
     learnt, data = session.calibration(model, o.calibration), session.windows(model)
+    is_main = session.runtime.is_main
+    repairer = Repairer(learnt.tokens, o.repairs, compared, is_main=is_main, progress=session.progress)
     with session.progress(len(compared), "variants") as progress:
-        result = ablate(session.load, plan, learnt.tokens, data.tokens, compared, o.repairs, session.runtime.is_main,
-                        session.progress, progress)  # fmt: skip
+        result = ablate(session.load, plan, data.tokens, repairer, progress)
     session.publish(result, model.describe(), o.tp, data.describe(), str(plan))
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from spd.cli import COMMANDS, command, main, read_experiment
 from spd.closed_form import ClosedForm
 from spd.config import HUB_IDS, SHAPES, ModelConfig
-from spd.distill import Options as Recipe
-from spd.distill import split
+from spd.distill import Recipe, recipe_named, split
 from spd.errors import SPDError
 from spd.latency import gpu_flops, gpu_memory
 from spd.least_squares import RIDGES
@@ -191,9 +190,9 @@ def sweep(job: Job, options: dict) -> Budget:
         total = total.then(point, len(counts))
         if strategy in BY_PLAN:
             for count in filter(None, counts):
-                total = total.then(repair(job, options["calibration"], count, Recipe.of(strategy)))
+                total = total.then(repair(job, options["calibration"], count, recipe_named(strategy)))
         elif strategy != ZERO_SHOT:  # one repair serves all plans
-            recipe = Recipe.of("paper", strategy, options["epochs"])
+            recipe = recipe_named(strategy, epochs=options["epochs"])
             total = total.then(repair(job, options["calibration"], blocks, recipe))
     return total
 
@@ -206,7 +205,7 @@ def stage_budget(stage: str, job: Job, options: dict) -> Budget:
     if stage == "sensitivity":
         return sensitivity(job, windows, dtype)
     if stage == "distill":
-        recipe = Recipe.of(options["recipe"], options["strategy"], options["epochs"])
+        recipe = recipe_named(options["recipe"], options["strategy"], epochs=options["epochs"])
         return repair(job, windows, job.config.num_blocks, recipe)
     if stage == "bench":
         return Budget(0.0, job.weights(SIZES[dtype]))
@@ -253,7 +252,7 @@ def table(gpu: str = "a100") -> dict:
         for gpus in (1, TP):
             for name, recipe in RECIPES.items():
                 job = Job(SHAPES[model], TP, gpus, gpus, SEQ_LEN, gpu)
-                found = repair(job, WINDOWS, job.config.num_blocks, Recipe.of(*recipe))
+                found = repair(job, WINDOWS, job.config.num_blocks, recipe_named(*recipe))
                 fits = found.device_bytes <= gpu_memory(gpu)
                 rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found), "fits": fits})
     setting = {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN}

@@ -84,10 +84,8 @@ def centre_model(model: Transformer, tokens: Tensor) -> None:
 def block_designs(model: Transformer, plan: Plan, tokens: Tensor) -> dict[str, list[dict]]:
     """Table 1: perplexities of windows (W, T) with every sync point kept and, under `plan`, for each design.
 
-    A model without biases is given some (`centre_model`, on the first windows), in place.
-
-    Returns:
-        Rows of `design`, `perplexity` and `nats`: `residual`, of the model as it is, and `bias`, with its biases.
+    A model without biases is given some (`centre_model`, on the first windows), in place. Gives rows of `design`,
+    `perplexity` and `nats`: `residual`, of the model as it is, and `bias`, with its biases.
     """
 
     def score(design: str, plan: Plan, altered: Callable = lambda model: model) -> dict:

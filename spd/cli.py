@@ -216,7 +216,7 @@ def sweep(session: Session) -> None:
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.sweep import ZERO_SHOT, Points, Repairs, curve, options_of, parse_strategies
+    from spd.sweep import ZERO_SHOT, Points, Repairer, curve, parse_strategies, sweep_recipes
 
     o, accuracy = session.options, session.accuracy()
     names, wanted = parse_strategies(o.strategies), floats(o.percentages)
@@ -226,8 +226,8 @@ def sweep(session: Session) -> None:
     if names != [ZERO_SHOT]:
         learnt = session.calibration(model, o.calibration, o.calibration_text).tokens
         paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
-        recipes = options_of(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
-        prepared = Repairs(learnt, o.repairs, o.tau1, o.tau2, recipes, session.runtime.is_main, session.progress)
+        recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
+        prepared = Repairer(learnt, o.repairs, recipes, o.tau1, o.tau2, session.runtime.is_main, session.progress)
     if accuracy is not None:
         accuracy.compare_with(model)
     del model  # the curve reads it afresh for repairs, and two do not fit where one hardly does
@@ -248,15 +248,14 @@ def distill(session: Session) -> None:
     is held out: a repair that does worse on it is undone. Give the folder to eval, generate or bench as --plan.
     Interrupted, the same command goes on after the last finished block.
     """
-    from spd.distill import Options, total_steps
     from spd.distill import distill as repair
+    from spd.distill import recipe_named, total_steps
 
     o = session.options
     if o.out is None:
         raise SPDError("A repair needs a folder of its own: --out DIR.")
-    recipe = Options.of(
-        o.recipe, o.strategy, o.epochs, o.learning_rate, o.optimizer, o.joint_epochs, o.generated, o.seed
-    )
+    names = ("epochs", "learning_rate", "optimizer", "joint_epochs", "generated")
+    recipe = recipe_named(o.recipe, o.strategy, o.seed, **{name: getattr(o, name) for name in names})
     model = session.load()
     document, data = session.plan_document(model), session.windows(model)
     with session.progress(total_steps(document, recipe, len(data.tokens)), "steps") as progress:

@@ -1,13 +1,14 @@
 """Repairing the blocks of a plan: the paper's recipe (algorithm 1, sections 4.2.2 to 4.2.4), and what goes past it.
 
 The original all-TP model's hidden states (the teacher's) are moved through the model block by block; where a block is
-to be repaired it learns to give, under the plan, what the original block gave. `paper` feeds it the teacher's hidden
-states; `best` feeds it what the blocks repaired before it give, and trains all of them together at the end.
+to be repaired it learns to give, under the plan, what the original block gave. The paper's recipes feed it the
+teacher's hidden states; `closed-form` and `best` feed it what the blocks repaired before it give (the student's), and
+`best` trains all of them together at the end.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,106 +18,99 @@ from spd.checkpoint import block_parameters, changed_tensors
 from spd.closed_form import Calibration, ClosedForm, Site, repair_block
 from spd.data import digest_of
 from spd.errors import SPDError
-from spd.evaluate import perplexity
+from spd.evaluate import Progress, perplexity, silent
 from spd.generate import sample_windows
 from spd.layout import group_heads
 from spd.model import Transformer
-from spd.plan import SPD_BLOCK, TP_BLOCK, Plan
+from spd.plan import SPD_BLOCK, TP_BLOCK, Plan, Policy
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
-from spd.repairs import Workspace
-from spd.training import Activations, Batches, Diverged, Passes, Schedule, block_loss, train_block, train_jointly
+from spd.repairs import Repairs
+from spd.training import (
+    Diverged,
+    Lazy,
+    Objective,
+    Schedule,
+    batches_of,
+    embedded,
+    stream_at,
+    through,
+    towards_logits,
+    towards_output,
+    train,
+)
 
-# ---------------------------------------------------------------- The recipes by which dropped blocks are rep
-
-
-RECIPES = ("zs", "closed-form", "paper", "best")
 HELD_OUT = 10  # one window in so many is never trained on: the last ones
-GROUP, DISTILL, CLOSED_FORM = "group heads", "distill", "closed form"
+KEPT = "zero-shot"  # what a block whose repair failed is left as
 
 
 @dataclass(frozen=True)
-class Options:
+class Recipe:
     """How a plan's blocks are repaired: what is done to each, in this order, and to all of them at the end."""
 
-    recipe: str = "best"
+    recipe: str = "best"  # its name in results, where all of the paper's are "paper"
     closed_form: ClosedForm | None = None
     group_heads: bool = False  # of extremely sensitive blocks, and of those without a class
     block: Schedule | None = None  # each block's distillation
     joint: Schedule | None = None  # that of all dropped blocks together, towards the logits
     generated: int = 0  # windows that the original model writes itself, to train on besides the calibration text
-    students_inputs: bool = (
-        False  # a block learns on what the repaired ones before it give, not on the teacher's states
-    )
+    students_inputs: bool = False  # a block learns on what the repaired ones before it give, not on the teacher's
     insensitive_as_is: bool = False  # nothing is done to in-sensitive blocks
     seed: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        recipe: str,
-        strategy: str = "b2b+hg",
-        epochs: int | None = None,
-        learning_rate: float | None = None,
-        optimizer: str | None = None,
-        joint_epochs: int | None = None,
-        generated: int | None = None,
-        seed: int = 0,
-    ) -> "Options":
-        """A recipe's options, with some of them changed; `strategy` is the paper's, and says how far it is followed.
-
-        Raises:
-            SPDError: an unknown recipe, strategy or optimiser, or an impossible number.
-        """
-        for name, given, known in (("recipe", recipe, RECIPES), ("strategy", strategy, STRATEGIES)):
-            if given not in known:
-                raise SPDError(f"Unknown {name} '{given}'; known: {', '.join(known)}.")
-        if generated is not None and generated < 0:
-            raise SPDError(f"The number of generated windows must not be negative, and is {generated}.")
-        chosen = {"learning_rate": learning_rate, "optimizer": optimizer}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
-        base = DEFAULTS[recipe]
-        options = replace(
-            base,
-            block=base.block and _changed(base.block, epochs, chosen),
-            joint=base.joint and _changed(base.joint, joint_epochs, chosen),
-            generated=base.generated if generated is None else generated,
-            seed=seed,
-        )
-        return replace(options, **STRATEGIES[strategy]) if recipe == "paper" else options
 
     def actions(self, block_class: str | None) -> tuple[str, ...]:
         """What is done to a dropped block before it drops (algorithm 1); one without a class gets all there is."""
         if self.insensitive_as_is and block_class == "ISB":
             return ()
         grouped = self.group_heads and block_class in ("ESB", None)
-        taken = {CLOSED_FORM: self.closed_form, GROUP: grouped, DISTILL: self.block}
-        return tuple(action for action, wanted in taken.items() if wanted)
+        wanted = {"closed form": self.closed_form, "group heads": grouped, "distill": self.block}
+        return tuple(action for action, taken in wanted.items() if taken)
 
 
-def _changed(schedule: Schedule, epochs: int | None, chosen: dict) -> Schedule:
-    return replace(schedule, **chosen, **({} if epochs is None else {"epochs": epochs}))
-
-
-# Figure 7's: nothing, distillation, head grouping as well.
-STRATEGIES = {"zs": {"block": None, "group_heads": False}, "b2b": {"group_heads": False}, "b2b+hg": {}}
-_OURS = {"relative": True, "decay": True, "keep_best": True}
-_CLOSED_FORM = Options("closed-form", closed_form=ClosedForm(), students_inputs=True)
-DEFAULTS = {
-    "zs": Options("zs"),
+_CLOSED_FORM = Recipe("closed-form", closed_form=ClosedForm(), students_inputs=True)
+_B2B = Recipe("paper", block=Schedule(10, 5e-5), insensitive_as_is=True)
+_OURS = Schedule(1, 0.003, relative=True, decay=True, keep_best=True)
+# Figure 7's: nothing, distillation, head grouping as well; and what goes past them.
+RECIPES = {
+    "zs": Recipe("zs"),
+    "b2b": _B2B,
+    "b2b+hg": replace(_B2B, group_heads=True),
     "closed-form": _CLOSED_FORM,
-    "paper": Options("paper", group_heads=True, block=Schedule(10, 5e-5), insensitive_as_is=True),
-    "best": replace(_CLOSED_FORM, recipe="best", block=Schedule(1, 0.003, **_OURS), joint=Schedule(4, 0.003, **_OURS),
-                    generated=128),
-}  # fmt: skip
+    "best": replace(_CLOSED_FORM, recipe="best", block=_OURS, joint=replace(_OURS, epochs=4), generated=128),
+}
+PAPER = ("zs", "b2b", "b2b+hg")  # what `strategy` chooses from, where the recipe is called "paper"
+
+
+def recipe_named(name: str, strategy: str | None = None, seed: int = 0, **changes) -> Recipe:
+    """One of `RECIPES`, or `paper`, of which `strategy` says how far it is followed (default: `b2b+hg`, all of it).
+
+    `changes` are `epochs` and `joint_epochs` (of `block` and `joint`), `learning_rate` and `optimizer` (of both) and
+    `generated`; those that are None change nothing. Raises SPDError: an unknown name, or an impossible number.
+    """
+    strategy = strategy or "b2b+hg"
+    for kind, given, known in (("recipe", name, (*RECIPES, "paper")), ("strategy", strategy, PAPER)):
+        if given not in known:
+            raise SPDError(f"Unknown {kind} '{given}'; known: {', '.join(known)}.")
+    epochs, joint_epochs, generated = (changes.pop(n, None) for n in ("epochs", "joint_epochs", "generated"))
+    if generated is not None and generated < 0:
+        raise SPDError(f"The number of generated windows must not be negative, and is {generated}.")
+
+    def changed(schedule: Schedule | None, epochs: int | None) -> Schedule | None:
+        given = {name: value for name, value in (changes | {"epochs": epochs}).items() if value is not None}
+        return schedule and replace(schedule, **given)
+
+    base = RECIPES[strategy if name == "paper" else name]
+    return replace(
+        base,
+        block=changed(base.block, epochs),
+        joint=changed(base.joint, joint_epochs),
+        generated=base.generated if generated is None else generated,
+        seed=seed,
+    )
 
 
 def split(windows: int) -> int:
-    """How many of the calibration windows are for training; the rest, a tenth rounded up, is held out.
-
-    Raises:
-        SPDError: fewer than two windows.
-    """
+    """How many of the calibration windows are for training; the rest, a tenth rounded up, is held out."""
     if windows < 2:
         raise SPDError(f"{windows} calibration window cannot be split into training and held-out windows; give 2.")
     return windows - -(-windows // HELD_OUT)
@@ -127,251 +121,244 @@ def repaired_blocks(document: dict) -> list[int]:
     return [i for i, pair in enumerate(Plan.from_policies(document["policies"]).blocks) if pair != TP_BLOCK]
 
 
-def total_steps(document: dict, options: Options, windows: int) -> int:
-    """Optimiser steps in all, for a bar, with `windows` of calibration."""
-    blocks, trained = repaired_blocks(document), split(windows) + options.generated
-    steps = sum(DISTILL in options.actions(class_of(document, i)) for i in blocks)
-    steps *= options.block.steps(trained) if options.block else 0
-    return steps + (options.joint.steps(trained) if options.joint and blocks else 0)
-
-
 def class_of(document: dict, block: int) -> str | None:
     classes = document.get("classes")
     return classes[block] if classes else None
 
 
-# ---------------------------------------------------------------- Repairing the blocks of a plan: the paper's
+def total_steps(document: dict, recipe: Recipe, windows: int) -> int:
+    """Optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
+    blocks, trained = repaired_blocks(document), split(windows) + recipe.generated
+    distilled = sum("distill" in recipe.actions(class_of(document, i)) for i in blocks)
+    steps = distilled * recipe.block.steps(trained) if recipe.block else 0
+    return steps + (recipe.joint.steps(trained) if recipe.joint and blocks else 0)
 
 
-KEPT = "zero-shot"  # what a block whose repair failed is left as
+def arguments_of(model: SPDModel, tokens: Tensor, document: dict, recipe: Recipe) -> dict:
+    """What makes two runs the same."""
+    same = {"model": model.fingerprint, "tp": model.tp, "data": digest_of(tokens), "policies": document["policies"]}
+    return same | {"classes": document.get("classes")} | asdict(recipe)
 
-Told = Callable[..., None]
+
+# ---------------------------------------------------------------- algorithm 1
 
 
 def distill(
     model: SPDModel,
     tokens: Tensor,
     document: dict,
-    options: Options,
+    recipe: Recipe,
     folder: Path,
     is_main: bool = True,
-    told: Told = lambda *_, **__: None,
+    progress: Progress = silent,
 ) -> dict:
     """Repairs a model for a plan, in place, and writes plan, changed tensors and result to `folder`.
 
     Started again with the same arguments after it was interrupted, it goes on after the last finished block, and ends
     with the same weights; where it had ended, it gives the result again.
 
-    Args:
-        model: as read, in float32, with nothing repaired.
-        tokens: calibration windows (W, T); the last tenth is held out.
-        document: `policies` and, for the paper's recipe, the `classes` of all blocks, as a plan file holds them.
-        is_main: whether this process writes.
-        told: progress; told of steps done, and the `loss`.
+    `model` is as read, in float32; `tokens` (W, T) are calibration windows; `document` holds `policies` and, for the
+    paper's recipes, the `classes` of all blocks, as a plan file does. `is_main`: this process writes.
 
-    Returns:
-        `blocks` (of each: `index`, `class`, `treatment`, `loss_before`, `loss_after` on the held-out windows, and a
-        `note`), `curves`, `perplexity_full`, `perplexity_before` (zero-shot) and `perplexity_after` on the held-out
-        windows, `seconds`, `plan`. `best` also chooses the epoch to end with on these windows, which flatters it a
-        little there: compare recipes on other text.
-
-    Raises:
-        SPDError: too few windows, a model that is not in float32, a plan that the recipe cannot repair, or a folder
-            with another run's work.
+    Gives `blocks` (of each: `index`, `class`, `treatment`, `loss_before`, `loss_after` on the held-out windows, and a
+    `note`), `curves`, `perplexity_full`, `perplexity_before` (zero-shot) and `perplexity_after` on the held-out
+    windows, `seconds`, `plan`. `best` also chooses the epoch to end with on these windows, which flatters it a little
+    there: compare recipes on other text.
     """
-    if model.transformer.embedding.weight.dtype != torch.float32:
-        raise SPDError("Repairs are computed in float32; load the model with that dtype.")
-    plan = Plan.from_policies(document["policies"])
-    if options.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
-        raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
-    arguments = arguments_of(model, tokens, document, options)
-    workspace = Workspace(folder, arguments, is_main, model.transformer.shards)
-    if workspace.result is not None:
-        return workspace.result
-    run = _Run(model, tokens, document, options, workspace, told)
-    result = run.result()
-    plan = {name: value for name, value in document.items() if name not in ("changed", "arguments")}
-    plan |= {"plan": result["plan"], "recipe": options.recipe, "model": model.describe(), "tp": model.tp}
-    workspace.conclude(plan, result)
+    transformer, plan, dropped = model.transformer, Plan.from_policies(document["policies"]), repaired_blocks(document)
+    _check(model, plan, recipe)
+    repairs = Repairs(folder, arguments_of(model, tokens, document, recipe), is_main, transformer.shards)
+    if repairs.result is not None:
+        return repairs.result
+    for i in dropped if recipe.closed_form and recipe.closed_form.centre else ():
+        transformer.blocks[i].attention.add_biases()
+    windows = Windows.of(model, tokens, recipe)
+    scores = {"perplexity_full": windows.perplexity(model, Plan.full(len(plan)))}
+    scores |= {"perplexity_before": windows.perplexity(model, plan)}
+    own = recipe.students_inputs  # else a block's inputs are the teacher's, which outlive the block
+    teacher = embedded(transformer, windows.tokens)
+    student = teacher.clone() if own else None
+    for i in range(len(plan) if recipe.joint else max(dropped, default=-1) + 1):
+        policies, inputs = plan.blocks[i], student if own else teacher
+        targets = through(transformer, i, TP_BLOCK, teacher, in_place=own)
+        if i in dropped:
+            case = Case(model, i, class_of(document, i), policies, inputs, targets, windows)
+            _repair_or_restore(case, recipe, repairs, progress)
+        student = through(transformer, i, policies, student, in_place=True) if own else None
+        teacher = targets
+    if recipe.joint and dropped:
+        objective = towards_logits(transformer, dropped, windows.tokens, teacher, windows.trained)
+        _train_jointly(objective, recipe, repairs, progress)
+    result = scores | {"perplexity_after": windows.perplexity(model, plan), "seconds": repairs.seconds}
+    result |= {"plan": str(plan), "recipe": recipe.recipe, "windows": windows.counts()} | _notes(document, repairs)
+    written = {name: value for name, value in document.items() if name not in ("changed", "arguments")}
+    written |= {"plan": str(plan), "recipe": recipe.recipe, "model": model.describe(), "tp": model.tp}
+    repairs.conclude(written, result)
     return result
 
 
-def arguments_of(model: SPDModel, tokens: Tensor, document: dict, options: Options) -> dict:
-    """What makes two runs the same."""
-    same = {"model": model.fingerprint, "tp": model.tp, "data": digest_of(tokens), "policies": document["policies"]}
-    return same | {"classes": document.get("classes")} | asdict(options)
+def _check(model: SPDModel, plan: Plan, recipe: Recipe) -> None:
+    if model.transformer.embedding.weight.dtype != torch.float32:
+        raise SPDError("Repairs are computed in float32; load the model with that dtype.")
+    if recipe.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
+        raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
 
 
-class _Run:
-    """One repair, from the first block to the last."""
+def _notes(document: dict, repairs: Repairs) -> dict:
+    """What a result says of each stage."""
+    joint = repairs.finished("joint") or {}
+    blocks = range(len(document["policies"]))
+    notes = [repairs.finished(f"block {i}") or _note(i, class_of(document, i), KEEP, None) for i in blocks]
+    curves = {f"block_{note['index']}": note["curve"] for note in notes if note.get("curve")}
+    if joint:
+        curves["joint"] = joint["curve"]
+    without_curves = [{name: value for name, value in note.items() if name != "curve"} for note in notes]
+    return {"blocks": without_curves, "curves": curves, "note": joint.get("note")}
 
-    def __init__(
-        self, model: SPDModel, tokens: Tensor, document: dict, options: Options, workspace: Workspace, told: Told
-    ):
-        self.started = time.monotonic()
-        self.model, self.document, self.options, self.workspace, self.told = model, document, options, workspace, told
-        self.transformer = model.transformer
-        self.plan = Plan.from_policies(document["policies"])
-        self.blocks = repaired_blocks(document)
-        if options.closed_form and options.closed_form.centre:
-            for i in self.blocks:
-                self.transformer.blocks[i].attention.add_biases()
-        self.kept = split(len(tokens))
-        self.held_out = tokens[self.kept :]
-        self.scores = self._scores()
-        own = self._generated(tokens[: self.kept])
-        self.trained = self.kept + len(own)
-        self.tokens = torch.cat((tokens[: self.kept], own, self.held_out))
 
-    def _scores(self) -> dict:
-        """Perplexities of the model as it was read, on the held-out windows: all TP, and under the plan."""
-        scores = {}
-        for name, plan in (("full", Plan.full(len(self.plan))), ("before", self.plan)):
-            self.model.plan = plan
-            scores[f"perplexity_{name}"] = perplexity(self.transformer, self.held_out)["perplexity"]
-        return scores
+def _note(index: int, block_class: str | None, treatment: str, loss: float | None) -> dict:
+    note = {"index": index, "class": block_class, "treatment": treatment, "note": None}
+    return note | {"loss_before": loss, "loss_after": loss}
 
-    def _generated(self, tokens: Tensor) -> Tensor:
-        self.model.plan = Plan.full(len(self.plan))
-        banned = self.model.tokenizer.all_special_ids if self.model.tokenizer else []
-        return sample_windows(self.transformer, tokens, self.options.generated, banned, self.options.seed)
 
-    def result(self) -> dict:
-        """Repairs what is not yet repaired, and scores it."""
-        self.model.plan = self.plan
-        teacher = self._blockwise()
-        if self.options.joint and self.blocks:
-            self._jointly(teacher)
-        self.model.plan = self.plan
-        stages = self.workspace.state["stages"]
-        notes = [stages[f"block {i}"] if i in self.blocks else self._kept_block(i) for i in range(len(self.plan))]
-        curves = {f"block_{n['index']}": n["curve"] for n in notes if n.get("curve")}
-        if "joint" in stages:
-            curves["joint"] = stages["joint"]["curve"]
-        return {
-            "blocks": [{name: value for name, value in note.items() if name != "curve"} for note in notes],
-            "curves": curves,
-            **self.scores,
-            "perplexity_after": perplexity(self.transformer, self.held_out)["perplexity"],
-            "note": stages.get("joint", {}).get("note"),
-            "recipe": self.options.recipe,
-            "windows": {"trained": self.trained, "held_out": len(self.held_out)},
-            "seconds": self._seconds(),
-            "plan": str(self.plan),
-        }
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows (W, T): `given` to train on, the original model's own up to `trained`, and those held out."""
 
-    def _kept_block(self, i: int) -> dict:
-        return {"index": i, "class": class_of(self.document, i), "treatment": KEEP, "loss_before": None,
-                "loss_after": None, "note": None}  # fmt: skip
+    tokens: Tensor
+    given: int
+    trained: int
 
-    def _seconds(self) -> float:
-        return self.workspace.state["seconds"] + time.monotonic() - self.started
+    @classmethod
+    def of(cls, model: SPDModel, tokens: Tensor, recipe: Recipe) -> "Windows":
+        """A tenth of the tokens is held out; what the recipe wants of the model's own text is written by it."""
+        given = split(len(tokens))
+        model.plan = Plan.full(model.config.num_blocks)
+        banned = model.tokenizer.all_special_ids if model.tokenizer else []
+        own = sample_windows(model.transformer, tokens[:given], recipe.generated, banned, recipe.seed)
+        return cls(torch.cat((tokens[:given], own, tokens[given:])), given, given + len(own))
 
-    def _finish(self, stage: str, note: dict, changed: dict[int, dict[str, Tensor]]) -> None:
-        self.workspace.finish(stage, note, changed, self._seconds())
-        self.started = time.monotonic()
+    def perplexity(self, model: SPDModel, plan: Plan) -> float | None:
+        """On the windows held out; the model is left with the plan."""
+        model.plan = plan
+        return perplexity(model.transformer, self.tokens[self.trained :])["perplexity"]
 
-    # ------------------------------------------------------------ block by block
+    def counts(self) -> dict:
+        return {"trained": self.trained, "held_out": len(self.tokens) - self.trained}
 
-    def _blockwise(self) -> Activations:
-        """Repairs the blocks in order; gives what leaves the original model's last block."""
-        last = max(self.blocks, default=-1) if self.options.joint is None else len(self.plan) - 1
-        own_inputs = self.options.students_inputs
-        teacher = Activations.embedded(self.transformer, self.tokens)
-        student = Activations.embedded(self.transformer, self.tokens) if own_inputs else None
-        for i in range(last + 1):
-            targets = teacher.through(self.transformer, i, TP_BLOCK, in_place=own_inputs)
-            if i in self.blocks:
-                self._block(i, student if own_inputs else teacher, targets)
-            if own_inputs:
-                student = student.through(self.transformer, i, self.plan.blocks[i], in_place=True)
-            teacher = targets
-        return teacher
 
-    def _block(self, i: int, inputs: Activations, targets: Activations) -> None:
-        stage = f"block {i}"
-        actions = self.options.actions(class_of(self.document, i))
-        if self.workspace.finished(stage) is None:
-            before = _copy(self.transformer, i)
-            note = self._repair(i, actions, inputs, targets, before)
-            self._finish(stage, note, {i: changed_tensors(self.transformer, i, before)})
-        else:
-            self.workspace.restore(self.transformer, i)
-            self.told(self.options.block.steps(self.trained) if DISTILL in actions else 0)
+# ---------------------------------------------------------------- one block
 
-    def _repair(
-        self, i: int, actions: tuple[str, ...], inputs: Activations, targets: Activations, before: dict[str, Tensor]
-    ) -> dict:
-        policies, held_out = self.plan.blocks[i], range(self.trained, len(self.tokens))
 
-        def loss() -> float:
-            return block_loss(self.transformer, i, policies, inputs, targets, held_out)
+@dataclass(frozen=True)
+class Case:
+    """A dropped block: the activations (W, T, D) that enter it, and those that it should give."""
 
-        note = self._kept_block(i) | {"treatment": ", ".join((*actions, "drop")), "loss_before": loss()}
-        try:
-            for action in actions:
-                self._act(action, i, inputs, targets, note, before)
-            note["loss_after"] = loss()
-        except Diverged:
-            note["note"] = f"the loss became non-finite; kept {KEPT}"
-        else:
-            if not note["loss_after"] <= note["loss_before"]:
-                note["note"] = f"the repair ended at a loss of {note['loss_after']:.4g}, worse; kept {KEPT}"
-        if note["note"]:
-            self._put_back(before)
-            note["loss_after"] = note["loss_before"]
-        return note
+    model: SPDModel
+    index: int
+    block_class: str | None
+    policies: tuple[Policy, Policy]
+    inputs: Tensor
+    targets: Tensor
+    windows: Windows
 
-    def _act(
-        self, action: str, i: int, inputs: Activations, targets: Activations, note: dict, before: dict[str, Tensor]
-    ) -> None:
-        seed = self.options.seed + 1000 * (i + 1)
-        if action == CLOSED_FORM:
-            site = Site(self.transformer.blocks[i], i, self.transformer.shards, self.model.config)
-            windows = range(self.kept)  # the model's own text would double the time for little
-            streams = [Batches(stream, self.transformer, windows) for stream in (inputs, targets)]
-            calibration = Calibration(*streams, self.transformer.context)
-            saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
-            note["closed_form"] = repair_block(site, calibration, self.options.closed_form, saved)["steps"]
-        elif action == GROUP:
-            passes = Passes(inputs, self.transformer, range(self.trained))
-            block, shards = self.transformer.blocks[i], self.transformer.shards
-            note["grouping"] = group_heads(block, passes, shards, self.model.config, seed)
-        elif action == DISTILL:
-            note["curve"] = train_block(
-                self.transformer, i, self.plan.blocks[i], inputs, targets, self.trained, self.options.block, seed,
-                self.told,
-            )  # fmt: skip
+    @property
+    def objective(self) -> Objective:
+        transformer, trained = self.model.transformer, self.windows.trained
+        return towards_output(transformer, self.index, self.policies, self.inputs, self.targets, trained)
 
-    def _put_back(self, values: dict[str, Tensor]) -> None:
-        parameters = dict(self.transformer.named_parameters())
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
 
-    # ------------------------------------------------------------ all together
+def _repair_or_restore(case: Case, recipe: Recipe, repairs: Repairs, progress: Progress) -> None:
+    transformer, i, actions = case.model.transformer, case.index, recipe.actions(case.block_class)
+    if repairs.finished(f"block {i}") is not None:
+        repairs.restore(transformer, i)
+        progress(recipe.block.steps(case.windows.trained) if "distill" in actions else 0)
+        return
+    before = _copy(transformer, i)
+    note = _repair(case, recipe, before, progress)
+    repairs.finish(f"block {i}", note, [(i, changed_tensors(transformer, i, before))])
 
-    def _jointly(self, teacher: Activations) -> None:
-        if self.workspace.finished("joint") is not None:
-            for i in self.blocks:
-                self.workspace.restore(self.transformer, i)
-            return
-        before = [_copy(self.transformer, i) for i in self.blocks]
-        note = {"curve": None, "note": None}
-        try:
-            note["curve"] = train_jointly(
-                self.transformer, self.blocks, self.tokens, teacher, self.trained, self.options.joint,
-                self.options.seed, self.told, self.workspace.load_epoch(), self.workspace.save_epoch,
-            )  # fmt: skip
-        except Diverged:
-            note["note"] = "training all blocks together became non-finite; each is kept as it was before"
-            for values in before:
-                self._put_back(values)
-        changed = {
-            i: changed_tensors(self.transformer, i, values) for i, values in zip(self.blocks, before, strict=True)
-        }
-        self._finish("joint", note, changed)
+
+def _repair(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
+    """Does to the block what the recipe says, and undoes it where the block is then worse on held-out windows."""
+    actions = recipe.actions(case.block_class)
+    note = _note(case.index, case.block_class, ", ".join((*actions, "drop")), case.objective.held_out())
+    try:
+        for action in actions:
+            note |= ACTIONS[action](case, recipe, before, progress)
+        found = case.objective.held_out()
+    except Diverged:
+        note["note"] = f"the loss became non-finite; kept {KEPT}"
+    else:
+        if found <= note["loss_before"]:
+            note["loss_after"] = found
+        else:  # worse, or not a number
+            note["note"] = f"the repair ended at a loss of {found:.4g}, worse; kept {KEPT}"
+    if note["note"]:
+        _put_back(case.model.transformer, before)
+    return note
+
+
+def _solve(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
+    transformer, i = case.model.transformer, case.index
+    site = Site(transformer.blocks[i], i, transformer.shards, case.model.config)
+    rows = list(batches_of(case.inputs, range(case.windows.given)))  # its own text would double the time for little
+
+    def on_device(activations: Tensor) -> Lazy:
+        return Lazy(rows, lambda some: activations[some].to(transformer.embedding.weight))
+
+    data = Calibration(on_device(case.inputs), on_device(case.targets), transformer.context)
+    saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
+    return {"closed_form": repair_block(site, data, recipe.closed_form, saved)["steps"]}
+
+
+def _group(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
+    transformer, i = case.model.transformer, case.index
+    rows = list(batches_of(case.inputs, range(case.windows.trained)))
+    inputs = Lazy(rows, partial(stream_at, transformer, case.inputs))
+    seed = _seed(recipe, i)
+    return {"grouping": group_heads(transformer.blocks[i], inputs, transformer.shards, case.model.config, seed)}
+
+
+def _distill(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
+    return {"curve": train(case.objective, recipe.block, _seed(recipe, case.index), progress)}
+
+
+ACTIONS: dict[str, Callable[..., dict]] = {"closed form": _solve, "group heads": _group, "distill": _distill}
+
+
+def _seed(recipe: Recipe, block: int) -> int:
+    return recipe.seed + 1000 * (block + 1)
 
 
 def _copy(model: Transformer, block: int) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in block_parameters(model, block).items()}
+
+
+@torch.no_grad()
+def _put_back(model: Transformer, values: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+# ---------------------------------------------------------------- all together
+
+
+def _train_jointly(objective: Objective, recipe: Recipe, repairs: Repairs, progress: Progress) -> None:
+    """All blocks towards the logits, going on with the epoch that an earlier run had reached."""
+    model, blocks = objective.model, objective.blocks
+    if repairs.finished("joint") is not None:
+        for i in blocks:
+            repairs.restore(model, i)
+        return
+    before = {i: _copy(model, i) for i in blocks}
+    note = {"curve": None, "note": None}
+    try:
+        state = repairs.load_epoch()
+        note["curve"] = train(objective, recipe.joint, recipe.seed, progress, state, repairs.save_epoch)
+    except Diverged:
+        note["note"] = "training all blocks together became non-finite; each is kept as it was before"
+        for values in before.values():
+            _put_back(model, values)
+    repairs.finish("joint", note, ((i, changed_tensors(model, i, before[i])) for i in blocks))

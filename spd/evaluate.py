@@ -17,7 +17,11 @@ with suppress(ImportError):  # its registry is light, and loads the class when t
     model_registry.register("spd", target="spd.harness:SpdLM")
 
 TOKENS_AT_ONCE = 1024  # in a forward pass: a small model's stay in cache, and one window of a large model's fills a GPU
-Progress = Callable[[int], None]  # told how many units of work were done
+Progress = Callable[..., None]  # told how many units of work were done, and numbers to show by name
+
+
+def silent(*_, **__) -> None:
+    """A `Progress` that shows nothing."""
 
 
 def batches(tokens: Tensor) -> Iterator[Tensor]:
@@ -34,12 +38,11 @@ def negative_log_likelihood(model: Transformer, stream: Stream, tokens: Tensor) 
 
 @torch.no_grad()
 def perplexity(
-    model: Transformer, tokens: Tensor, progress: Progress = lambda n: None, replicas: Replicas | None = None
+    model: Transformer, tokens: Tensor, progress: Progress = silent, replicas: Replicas | None = None
 ) -> dict:
-    """Perplexity of windows (W, T) under the model's plan, over all W (T - 1) predictions.
+    """`perplexity` of windows (W, T) under the model's plan, `nats` (its logarithm), `tokens` (predictions), `windows`.
 
-    Returns:
-        `perplexity`, `nats` (its logarithm), `tokens` (predictions) and `windows`.
+    Predictions are all W (T - 1); with `replicas`, copies of the model divide the windows.
     """
     replicas, predictions = replicas or Replicas(), tokens.shape[0] * (tokens.shape[1] - 1)
 

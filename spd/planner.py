@@ -4,6 +4,9 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from spd.errors import SPDError
 from spd.plan import Plan
@@ -20,11 +23,7 @@ def blocks_of(percent: float, num_blocks: int) -> int:
 
 
 def parse_budget(budget: str, num_blocks: int) -> int:
-    """Number of blocks to drop, from a count (`6`) or a percentage (`70%`).
-
-    Raises:
-        SPDError: neither, or outside 0..num_blocks or 0..100 %.
-    """
+    """Number of blocks to drop, from a count (`6`) or a percentage (`70%`)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", str(budget))
     if not match or (not match[2] and "." in match[1]):
         raise SPDError(f"'{budget}' is not a budget; give a number of blocks as in '6' or a percentage as in '70%'.")
@@ -53,11 +52,7 @@ def zero_shot_plan(sensitivity: list[float], blocks: int) -> Plan:
 
 
 def make_plan(sensitivity: list[float], budget: str, tau1: float = TAU1, tau2: float = TAU2) -> dict:
-    """Policies, classes and treatments of every block, within a budget.
-
-    Raises:
-        SPDError: sensitivities that are not finite, thresholds in the wrong order, or an impossible budget.
-    """
+    """Policies, classes and treatments of every block, within a budget (`parse_budget`)."""
     num_blocks = len(sensitivity)
     if not sensitivity or not all(math.isfinite(s) for s in sensitivity):
         raise SPDError("The sensitivities are empty or not finite, so blocks cannot be ranked by them.")
@@ -90,23 +85,47 @@ def plans_by_percentage(sensitivity: list[float], percentages: list[float] | Non
     return {n: zero_shot_plan(sensitivity, n) for n in sorted({blocks_of(p, num_blocks) for p in wanted})}
 
 
-def read_sensitivity(path: Path, fingerprint: str | None = None, tp: int | None = None) -> dict:
-    """The document that `sensitivity --out` wrote; with `fingerprint` or `tp`, only one made for them.
+class _Model(BaseModel):
+    fingerprint: str
+    name: str | None = None
 
-    Raises:
-        SPDError: not such a document, or another model's or degree's.
-    """
+
+class _Measured(BaseModel):
+    """What of a sensitivity document is relied upon."""
+
+    model: _Model
+    tp: int
+    sensitivity: list[FiniteFloat] = Field(min_length=1)
+    sensitivity_nats: list[FiniteFloat] | None = None
+    perplexity_from: list[FiniteFloat] | None = None
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        blocks = len(self.sensitivity)
+        for name, wanted in (("sensitivity_nats", blocks), ("perplexity_from", blocks + 1)):
+            found = getattr(self, name)
+            if found is not None and len(found) != wanted:
+                raise ValueError(f"{name} holds {len(found)} numbers, for {blocks} blocks it should be {wanted}")
+        return self
+
+
+def read_sensitivity(path: Path, fingerprint: str | None = None, tp: int | None = None) -> dict:
+    """The document that `sensitivity --out` wrote; with `fingerprint` or `tp`, only one made for them."""
     try:
         document = json.loads(path.read_text())
-        made_for, made_tp, _ = document["model"]["fingerprint"], document["tp"], document["sensitivity"]
+        found = _Measured.model_validate(document)
     except OSError as error:
         raise SPDError(f"The sensitivities at {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError):
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        reason = place + first["msg"].removeprefix("Value error, ")
+        raise SPDError(f"{path} was not written by the sensitivity command (--out): {reason}.") from None
+    except ValueError:
         raise SPDError(f"{path} was not written by the sensitivity command (--out).") from None
-    if fingerprint is not None and made_for != fingerprint:
-        raise SPDError(
-            f"{path} was made for {document['model'].get('name')} ({made_for}), not for model {fingerprint}."
-        )
-    if tp is not None and made_tp != tp:
-        raise SPDError(f"{path} was made for tp={made_tp}, not tp={tp}; measure the sensitivities anew.")
+    if fingerprint is not None and found.model.fingerprint != fingerprint:
+        made_for = f"{found.model.name} ({found.model.fingerprint})"
+        raise SPDError(f"{path} was made for {made_for}, not for model {fingerprint}.")
+    if tp is not None and found.tp != tp:
+        raise SPDError(f"{path} was made for tp={found.tp}, not tp={tp}; measure the sensitivities anew.")
     return document

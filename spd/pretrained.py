@@ -171,8 +171,9 @@ class SPDModel:
             SPDError: as `load_plan` does.
         """
         document = read_plan_document(path, self.fingerprint, self.tp, self.config.num_blocks)
-        if "changed" in document:
-            load_changed(self.transformer, plan_file(path).parent / document["changed"], blocks)
+        changed = document.get("changed", [])
+        for name in [changed] if isinstance(changed, str) else changed:  # one file a block, or all in one of old
+            load_changed(self.transformer, plan_file(path).parent / name, blocks)
         return Plan.from_policies(document["policies"])
 
     def generate(

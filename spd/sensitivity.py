@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from spd.errors import SPDError
-from spd.evaluate import Progress, batches, negative_log_likelihood, summary
+from spd.evaluate import Progress, batches, negative_log_likelihood, silent, summary
 from spd.model import Transformer
 from spd.plan import SPD_BLOCK, TP_BLOCK
 
@@ -15,18 +15,14 @@ def block_evaluations(num_blocks: int) -> int:
 
 
 @torch.no_grad()
-def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = lambda n: None) -> dict:
+def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = silent) -> dict:
     """Perplexities "SPD from block i on" for i = 0..L, and their differences, on windows (W, T).
 
     Block i's sensitivity compares SPD and TP in block i while the blocks before it are TP and those after it
     SPD, so it is the difference of two neighbours; the TP prefix is shared by all and run once.
 
-    Returns:
-        `perplexity_from` (L + 1), `sensitivity` (L, perplexity points), `sensitivity_nats` (L), `tokens`,
-        `windows`, `block_evaluations` (of each batch).
-
-    Raises:
-        SPDError: a perplexity is not finite.
+    Gives `perplexity_from` (L + 1), `sensitivity` (L, perplexity points), `sensitivity_nats` (L), `tokens`,
+    `windows`, `block_evaluations` (of each batch).
     """
     blocks, predictions = len(model.blocks), tokens.shape[0] * (tokens.shape[1] - 1)
     totals = [0.0] * (blocks + 1)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from ablation import FULL, ZERO_SHOT, ablate, variants
+from ablation import FULL, ZERO_SHOT, ablate, compared_recipes
 from conftest import VARIANTS, random_model, with_tokenizer
 from table1 import BiasBefore, ResidualAfter, block_designs, centre_model
 
@@ -15,6 +15,7 @@ from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel
+from spd.sweep import Repairer
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
 
@@ -30,22 +31,23 @@ def load(folder, tp: int = 4):
     return SPDModel.from_pretrained(folder, tp)
 
 
-def test_every_variant_differs_from_the_one_before_it():
-    options = list(variants({"epochs": 1, "learning_rate": 1e-3}).values())
-    assert all(a != b for a, b in itertools.pairwise(options))
-    assert options[1].block.epochs == 1 and options[1].block.learning_rate == 1e-3
+def test_every_recipe_differs_from_the_one_before_it():
+    recipes = list(compared_recipes({"epochs": 1, "learning_rate": 1e-3}).values())
+    assert all(a != b for a, b in itertools.pairwise(recipes))
+    assert recipes[1].block.epochs == 1 and recipes[1].block.learning_rate == 1e-3
 
 
 def test_shares_recovered_and_interrupted_runs(folder, tmp_path):
     plan = Plan.from_letters("DF FF DF")
-    few = {name: options for name, options in variants({}).items() if name in (ZERO_SHOT, "down projections refitted")}
-    result = ablate(lambda: load(folder), plan, TOKENS[:10], TOKENS[10:], few, tmp_path)
+    few = {name: compared_recipes({})[name] for name in (ZERO_SHOT, "down projections refitted")}
+    repairer = Repairer(TOKENS[:10], tmp_path, few)
+    result = ablate(lambda: load(folder), plan, TOKENS[10:], repairer)
     rows = {row["name"]: row for row in result["variants"]}
     assert list(rows) == [FULL, *few]
     assert rows[FULL]["recovered"] == 1 and rows[ZERO_SHOT]["recovered"] == 0
     model = load(folder)
     assert rows[FULL]["perplexity"] == pytest.approx(perplexity(model.transformer, TOKENS[10:])["perplexity"])
-    again = ablate(lambda: load(folder), plan, TOKENS[:10], TOKENS[10:], few, tmp_path)
+    again = ablate(lambda: load(folder), plan, TOKENS[10:], repairer)
     assert again == result  # nothing was repaired anew, not even the seconds differ
 
 
@@ -112,14 +114,15 @@ def test_on_a_trained_model_the_papers_design_wins_by_far():
 
 
 def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch, capsys):
-    from spd.report import load_records, report
     from spd.report.tables import embed, tables
+
+    from spd.report import load_records, report
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
     common = ["--model", folder, "--tp", 2, "--text", "text.txt", "--seq-len", 8, "--windows", 4, "--no-mlflow"]
     run(monkeypatch, "table1", *common)
-    monkeypatch.setattr("ablation.variants", lambda *_: {ZERO_SHOT: variants({})[ZERO_SHOT]})
+    monkeypatch.setattr("ablation.compared_recipes", lambda *_: {ZERO_SHOT: compared_recipes({})[ZERO_SHOT]})
     run(monkeypatch, "ablate", *common, "--skip", 10, "--calibration", 10)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = {table.name: table for table in tables(load_records(["runs"]))}

@@ -7,21 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, VARIANTS, random_model, with_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spd import repairs as repaired
-from spd.distill import DEFAULTS, Options, distill, split, total_steps
+from spd import training
+from spd.data import read_windows
+from spd.distill import RECIPES, Recipe, distill, recipe_named, split, total_steps
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel, export
-from spd.sweep import Repairs, curve, options_of
+from spd.repairs import Repairs
+from spd.sweep import Repairer, curve, sweep_recipes
 from spd.training import Diverged, Schedule
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
-QUICK = replace(DEFAULTS["best"], block=Schedule(1, 0.01, relative=True), joint=Schedule(1, 0.01, relative=True),
+QUICK = replace(RECIPES["best"], block=Schedule(1, 0.01, relative=True), joint=Schedule(1, 0.01, relative=True),
                 generated=3)  # fmt: skip
 LETTERS, CLASSES = "DF FF DF", ["SB", "ISB", "ESB"]
 
@@ -37,8 +39,14 @@ def document(letters: str = LETTERS, classes: list | None = CLASSES) -> dict:
     return {"policies": Plan.from_letters(letters).policies(), "classes": classes}
 
 
-def repair(folder: Path, out: Path, options: Options = QUICK, letters: str = LETTERS, tp: int = 4, **more) -> dict:
-    return distill(SPDModel.from_pretrained(folder, tp), TOKENS, document(letters), options, out, **more)
+def repair(folder: Path, out: Path, recipe: Recipe = QUICK, letters: str = LETTERS, tp: int = 4, **more) -> dict:
+    return distill(SPDModel.from_pretrained(folder, tp), TOKENS, document(letters), recipe, out, **more)
+
+
+def changed_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors that the folder's plan lists."""
+    files = json.loads((folder / "plan.json").read_text()).get("changed", [])
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
 def perplexity_with(folder: Path, plan: Path, tokens: torch.Tensor = TOKENS, tp: int = 4) -> float:
@@ -59,7 +67,7 @@ def perplexity_with(folder: Path, plan: Path, tokens: torch.Tensor = TOKENS, tp:
     ],
 )
 def test_strategies_of_figure_7(folder, tmp_path, strategy, expected):
-    options = Options.of("paper", strategy, epochs=1, learning_rate=1e-3)
+    options = recipe_named("paper", strategy, epochs=1, learning_rate=1e-3)
     result = repair(folder, tmp_path, options, tp=2)
     assert [block["treatment"] for block in result["blocks"]] == expected
     assert [block["class"] for block in result["blocks"]] == CLASSES
@@ -69,21 +77,22 @@ def test_strategies_of_figure_7(folder, tmp_path, strategy, expected):
     assert result["seconds"] > 0 and result["plan"] == LETTERS
     if strategy == "zs":
         assert result["perplexity_after"] == result["perplexity_before"]
-        assert not (tmp_path / repaired.CHANGED).exists()
+        assert not changed_in(tmp_path)
     else:
         assert result["blocks"][0]["loss_after"] < result["blocks"][0]["loss_before"]
         assert len(result["curves"]["block_0"]["loss"]) == 1
 
 
 def test_only_dropped_blocks_change_and_the_folder_gives_what_was_scored(folder, tmp_path):
-    result = repair(folder, tmp_path, Options.of("paper", epochs=1, learning_rate=1e-3))
-    changed = load_file(tmp_path / repaired.CHANGED)
+    result = repair(folder, tmp_path, recipe_named("paper", epochs=1, learning_rate=1e-3))
+    changed = changed_in(tmp_path)
     assert {name.split(".")[1] for name in changed} == {"0", "2"}
     assert changed["blocks.0.mlp.down.weight"].shape == (4, 32, 16)  # all shards
     held_out = TOKENS[split(len(TOKENS)) :]
     assert perplexity_with(folder, tmp_path, held_out) == result["perplexity_after"]
     assert perplexity_with(folder, tmp_path / "plan.json", held_out) == result["perplexity_after"]
-    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "result.json", repaired.CHANGED}
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "result.json", "blocks"}
+    assert len(list((tmp_path / "blocks").iterdir())) == 2
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
@@ -96,12 +105,12 @@ def test_best_trains_block_by_block_and_together(folder, tmp_path):
 
 def test_steps_announced_are_steps_taken(folder, tmp_path):
     taken = []
-    repair(folder, tmp_path, told=lambda steps, **_: taken.append(steps))
+    repair(folder, tmp_path, progress=lambda steps, **_: taken.append(steps))
     assert sum(taken) == total_steps(document(), QUICK, len(TOKENS))
 
 
 def test_divergence_leaves_the_block_zero_shot_and_says_so(folder, tmp_path):
-    options = Options.of("paper", "b2b", epochs=2, learning_rate=1e30)
+    options = recipe_named("b2b", epochs=2, learning_rate=1e30)
     result = repair(folder, tmp_path, options)
     assert "non-finite" in result["blocks"][0]["note"]
     assert result["blocks"][0]["loss_after"] == result["blocks"][0]["loss_before"]
@@ -109,30 +118,38 @@ def test_divergence_leaves_the_block_zero_shot_and_says_so(folder, tmp_path):
 
 
 def test_a_repair_that_does_worse_on_held_out_windows_is_undone(folder, tmp_path):
-    result = repair(folder, tmp_path, Options.of("paper", "b2b", epochs=1, learning_rate=0.3))
+    result = repair(folder, tmp_path, recipe_named("b2b", epochs=1, learning_rate=0.3))
     assert "worse" in result["blocks"][0]["note"] and "zero-shot" in result["blocks"][0]["note"]
     assert result["perplexity_after"] == result["perplexity_before"]
 
 
 def test_joint_training_that_diverges_is_undone(folder, tmp_path, monkeypatch):
-    def diverge(*_, **__):
-        raise Diverged
+    train = training.train
 
-    monkeypatch.setattr("spd.distill.train_jointly", diverge)
-    assert "non-finite" in repair(folder, tmp_path)["note"]
+    def diverge(objective, *rest, **__):
+        curves = train(objective, *rest)  # the weights are no longer what they were
+        if len(objective.blocks) > 1:
+            raise Diverged
+        return curves
+
+    monkeypatch.setattr("spd.distill.train", diverge)
+    result = repair(folder, tmp_path / "diverged")
+    assert "non-finite" in result["note"] and result["curves"]["joint"] is None
+    without = repair(folder, tmp_path / "without", replace(QUICK, joint=None))
+    assert result["perplexity_after"] == without["perplexity_after"]
 
 
 def test_one_repair_serves_every_percentage(folder, tmp_path):
     """By the paper's recipe a block's repair does not depend on which other blocks are dropped."""
-    options = options_of({"epochs": 1, "learning_rate": 1e-3}, {})
-    repairs = Repairs(TOKENS, tmp_path / "repairs", 0.5, 1.5, options)
+    recipes = sweep_recipes({"epochs": 1, "learning_rate": 1e-3}, {})
+    repairs = Repairer(TOKENS, tmp_path / "repairs", recipes, 0.5, 1.5)
     sensitivity = [1.0, 0.0, 2.0]  # SB, ISB, ESB
     points = curve(lambda: SPDModel.from_pretrained(folder, 4), sensitivity, ["b2b+hg"], None, TOKENS, repairs)
     assert {path.name[:-9] for path in (tmp_path / "repairs").iterdir()} == {"b2b-SB", "b2b+hg-ESB"}
     for point, letters in zip(points, ("FF FF FF", "FF DF FF", "DF DF FF", "DF DF DF"), strict=True):
         model = SPDModel.from_pretrained(folder, 4)
         given = document(letters, ["SB", "ISB", "ESB"])
-        distill(model, TOKENS, given, options["b2b+hg"], tmp_path / letters.replace(" ", ""))
+        distill(model, TOKENS, given, recipes["b2b+hg"], tmp_path / letters.replace(" ", ""))
         assert point["plan"] == letters
         assert point["perplexity"] == pytest.approx(perplexity(model.transformer, TOKENS)["perplexity"], rel=1e-6)
 
@@ -144,21 +161,21 @@ def test_one_repair_serves_every_percentage(folder, tmp_path):
 def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, monkeypatch, stage):
     """Stopped right after a stage was written, and in the middle of the next: both end bitwise alike."""
     whole = repair(folder, tmp_path / "whole")
-    finish = repaired.Workspace.finish
+    finish = Repairs.finish
 
     def stop_after(self, name, *arguments):
         finish(self, name, *arguments)
         if name == stage:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(repaired.Workspace, "finish", stop_after)
+    monkeypatch.setattr(Repairs, "finish", stop_after)
     with pytest.raises(KeyboardInterrupt):
         repair(folder, tmp_path / "parts")
     monkeypatch.undo()
     assert not (tmp_path / "parts" / "result.json").exists()
     redone = []
     monkeypatch.setattr(
-        repaired.Workspace, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest))
+        Repairs, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest))
     )
     resumed = repair(folder, tmp_path / "parts")
     stages = ["block 0", "block 2", "joint"]
@@ -167,7 +184,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, mo
 
 
 def assert_same(first: Path, second: Path, result: dict, other: dict) -> None:
-    weights, others = (load_file(path / repaired.CHANGED) for path in (first, second))
+    weights, others = changed_in(first), changed_in(second)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     assert {k: v for k, v in result.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
@@ -183,12 +200,12 @@ def test_interrupted_within_a_block_it_redoes_that_block(folder, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair(folder, tmp_path / "parts", told=stop)
+        repair(folder, tmp_path / "parts", progress=stop)
     assert_same(tmp_path / "whole", tmp_path / "parts", whole, repair(folder, tmp_path / "parts"))
 
 
 def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(folder, tmp_path, monkeypatch):
-    options = replace(QUICK, joint=replace(DEFAULTS["best"].joint, epochs=3))
+    options = replace(QUICK, joint=replace(RECIPES["best"].joint, epochs=3))
     whole = repair(folder, tmp_path / "whole", options)
     steps = []
 
@@ -198,17 +215,17 @@ def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(fol
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair(folder, tmp_path / "parts", options, told=stop)
+        repair(folder, tmp_path / "parts", options, progress=stop)
     assert [path.name for path in (tmp_path / "parts/blocks").glob("epoch*")] == ["epoch-2.0-of-1.pt"]
     steps.clear()
-    resumed = repair(folder, tmp_path / "parts", options, told=lambda units, **_: steps.append(units))
+    resumed = repair(folder, tmp_path / "parts", options, progress=lambda units, **_: steps.append(units))
     assert steps.count(1) == 13  # the third epoch alone
     assert_same(tmp_path / "whole", tmp_path / "parts", whole, resumed)
 
 
 def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder, tmp_path, monkeypatch):
     first = repair(folder, tmp_path)
-    monkeypatch.setattr("spd.distill._Run", None)  # nothing is run
+    monkeypatch.setattr("spd.distill.embedded", None)  # nothing is run
     assert repair(folder, tmp_path) == first
     with pytest.raises(SPDError, match=r"another run's work \(seed differ"):
         repair(folder, tmp_path, replace(QUICK, seed=1))
@@ -220,7 +237,7 @@ def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder
 def distill_here(runtime: Runtime, folder: str, out: str) -> dict:
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(2))  # a shard's two units are scattered
     block = Schedule(2, 0.01, relative=True, decay=True, keep_best=True)  # with clipping, whose norm spans processes
-    options = replace(DEFAULTS["paper"], block=block)
+    options = replace(RECIPES["b2b+hg"], block=block)
     result = distill(model, TOKENS, document(), options, Path(out), runtime.is_main)
     gathered = model.transformer.shards.gather(model.transformer.blocks[2].mlp.down.weight)
     return {"perplexity": result["perplexity_after"], "weights": gathered.flatten().tolist()}
@@ -232,7 +249,7 @@ def test_two_processes_end_where_one_does(folder, tmp_path):
     together = spawn(2, distill_here, str(folder), str(tmp_path / "two"))
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-3)
     torch.testing.assert_close(torch.tensor(together["weights"]), torch.tensor(alone["weights"]), atol=5e-3, rtol=0)
-    written = load_file(tmp_path / "two" / repaired.CHANGED)["blocks.2.mlp.down.weight"]
+    written = changed_in(tmp_path / "two")["blocks.2.mlp.down.weight"]
     assert torch.equal(written.flatten(), torch.tensor(together["weights"]))
     assert perplexity_with(folder, tmp_path / "two", TOKENS[10:], tp=2) == pytest.approx(
         together["perplexity"], rel=1e-5
@@ -244,14 +261,14 @@ def test_two_processes_end_where_one_does(folder, tmp_path):
 
 def test_mistakes_are_said_in_words(folder, tmp_path):
     for options, message in (
-        (dict(recipe="nonsense"), "Unknown recipe"),
-        (dict(recipe="paper", strategy="all"), "Unknown strategy"),
-        (dict(recipe="paper", optimizer="sgd"), "Unknown optimizer"),
-        (dict(recipe="paper", learning_rate=-1.0), "must be positive"),
-        (dict(recipe="best", generated=-1), "must not be negative"),
+        (dict(name="nonsense"), "Unknown recipe"),
+        (dict(name="paper", strategy="all"), "Unknown strategy"),
+        (dict(name="paper", optimizer="sgd"), "Unknown optimizer"),
+        (dict(name="paper", learning_rate=-1.0), "must be positive"),
+        (dict(name="best", generated=-1), "must not be negative"),
     ):
         with pytest.raises(SPDError, match=message):
-            Options.of(**options)
+            recipe_named(**options)
     with pytest.raises(SPDError, match="1 calibration window"):
         distill(SPDModel.from_pretrained(folder, 4), TOKENS[:1], document(), QUICK, tmp_path)
     with pytest.raises(SPDError, match="^Only dropped attention syncs can be repaired"):
@@ -261,10 +278,10 @@ def test_mistakes_are_said_in_words(folder, tmp_path):
 
 
 def test_a_folder_for_another_tp_or_with_damaged_weights_is_refused(folder, tmp_path):
-    repair(folder, tmp_path, Options.of("paper", "b2b", epochs=1, learning_rate=1e-3))
+    repair(folder, tmp_path, recipe_named("b2b", epochs=1, learning_rate=1e-3))
     with pytest.raises(SPDError, match="made for tp=4"):
         perplexity_with(folder, tmp_path, tp=2)
-    weights = tmp_path / repaired.CHANGED
+    weights = next((tmp_path / "blocks").iterdir())
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(SPDError, match="cannot be read"):
         perplexity_with(folder, tmp_path)
@@ -273,14 +290,24 @@ def test_a_folder_for_another_tp_or_with_damaged_weights_is_refused(folder, tmp_
         perplexity_with(folder, tmp_path)
 
 
+def test_a_folder_with_all_changed_tensors_in_one_file_is_still_read(folder, tmp_path):
+    result = repair(folder, tmp_path, recipe_named("b2b", epochs=1, learning_rate=1e-3))
+    save_file(changed_in(tmp_path), tmp_path / "changed.safetensors")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"changed": "changed.safetensors"}))
+    for path in (tmp_path / "blocks").iterdir():
+        path.unlink()
+    assert perplexity_with(folder, tmp_path, TOKENS[10:]) == result["perplexity_after"]
+
+
 # ---------------------------------------------------------------- export
 
 
-B2B = Options.of("paper", "b2b", epochs=1, learning_rate=1e-3)
+B2B = recipe_named("b2b", epochs=1, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("tp", "key_value_heads", "options"), [(4, 4, B2B), (8, 8, B2B), (4, 4, DEFAULTS["closed-form"])]
+    ("tp", "key_value_heads", "options"), [(4, 4, B2B), (8, 8, B2B), (4, 4, RECIPES["closed-form"])]
 )
 def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_value_heads, options):
     """At tp=8 the shards' copies of the 4 key/value heads have been trained apart: each becomes a head.
@@ -309,12 +336,22 @@ def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_v
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real models and texts of ../shared are not here")
 def test_distillation_recovers_a_real_model(shared, tmp_path):
-    from spd.data import read_windows
-
     name = shared / "models" / "stories260K"
     model = SPDModel.from_pretrained(name, tp=4)
     tokens = read_windows(str(shared / "text/tinystories_v1_train_head.txt"), model.tokenizer, 128, 20).tokens
     whole = {"policies": Plan.dropping(5, range(5)).policies()}
-    result = distill(model, tokens, whole, Options.of("best", epochs=1, joint_epochs=1, generated=0), tmp_path)
+    result = distill(model, tokens, whole, recipe_named("best", epochs=1, joint_epochs=1, generated=0), tmp_path)
     gap = result["perplexity_before"] - result["perplexity_full"]
     assert result["perplexity_after"] < result["perplexity_before"] - 0.25 * gap
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def test_other_numbers_are_another_repair_beside_the_first(plain, text_of_words, tmp_path):
+    tokens = read_windows(str(text_of_words), SPDModel.from_pretrained(plain).tokenizer, 16, 20).tokens
+    for epochs in (1, 2, 1):
+        recipes = sweep_recipes({"epochs": epochs, "learning_rate": 1e-3}, {})
+        repairer = Repairer(tokens[:10], tmp_path, recipes, -1.0, 10.0)
+        curve(lambda: SPDModel.from_pretrained(plain, tp=4), [0.3, 0.1, 0.2], ["b2b"], [100], tokens[10:], repairer)
+    assert len(list(tmp_path.iterdir())) == 2

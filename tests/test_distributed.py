@@ -14,7 +14,7 @@ from spd import Plan, Sampling, SPDModel
 from spd.bench import BenchSettings, bench
 from spd.comm import Replicas
 from spd.data import read_windows
-from spd.distill import Options, distill
+from spd.distill import distill, recipe_named
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
@@ -229,12 +229,14 @@ def test_under_torchrun_a_repair_is_the_one_of_one_process(plain, text_of_words,
     tokens = read_windows(str(text_of_words), model.tokenizer, 8, windows).tokens
     document = {"policies": Plan.dropping(3, [0, 2]).policies()}
     alone, together = (
-        distill(model, tokens, document, Options.of("closed-form"), tmp_path / "one"),
+        distill(model, tokens, document, recipe_named("closed-form"), tmp_path / "one"),
         json.loads(run.stdout),
     )
     for key in ("perplexity_before", "perplexity_after"):
         assert together[key] == pytest.approx(alone[key], rel=1e-3)
-    weights = [load_file(tmp_path / folder / "changed.safetensors") for folder in ("one", "two")]
+    files = [sorted((tmp_path / folder / "blocks").iterdir()) for folder in ("one", "two")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]]
+    weights = [{name: t for path in some for name, t in load_file(path).items()} for some in files]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=5e-3)

@@ -115,6 +115,14 @@ def test_sensitivity_files_belong_to_model_and_degree(tmp_path):
     for arguments, message in ((("xyz", 4), r"made for m \(abc\), not"), (("abc", 8), "made for tp=4, not tp=8")):
         with pytest.raises(SPDError, match=message):
             read_sensitivity(path, *arguments)
-    path.write_text("{}")
-    with pytest.raises(SPDError, match="was not written by the sensitivity command"):
-        read_sensitivity(path)
+    good = {"sensitivity": [1.0, 2.0], "tp": 4, "model": {"name": "m", "fingerprint": "abc"}}
+    for wrong, message in (
+        ("{", ""),
+        ("{}", "model: Field required"),
+        (json.dumps(good | {"sensitivity": [1.0, float("nan")]}), "sensitivity: 1: .*finite"),
+        (json.dumps(good | {"sensitivity": []}), "at least 1"),
+        (json.dumps(good | {"perplexity_from": [3.0, 2.0]}), "perplexity_from holds 2 numbers, .* should be 3"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(SPDError, match=f"was not written by the sensitivity command.*{message}"):
+            read_sensitivity(path)

@@ -11,13 +11,13 @@ import table1  # noqa: F401  (its section of an experiment is then known)
 from budget import Budget, Job, repair, stages, table
 from preflight import Needs, missing
 from shape_only import write_shape_only
+from spd.report.tables import embed
 
 from spd.cli import COMMANDS, read_experiment, take_experiment
 from spd.config import SHAPES
-from spd.distill import Options
+from spd.distill import recipe_named
 from spd.errors import SPDError
 from spd.report import load_records, tables
-from spd.report.tables import embed
 
 ROOT = Path(__file__).parent.parent
 MAKE = shutil.which("make")
@@ -156,12 +156,12 @@ def test_the_paper_s_numbers():
 def test_budgets_count_weights_and_grow_with_the_work():
     job = Job(SHAPES["llama2-7b"], 8, 1, 1, 2048)
     assert job.weights(4) == pytest.approx(4 * SHAPES["llama2-7b"].parameters())
-    one, all_of_them = (repair(job, 128, blocks, Options.of("paper")) for blocks in (1, 32))
+    one, all_of_them = (repair(job, 128, blocks, recipe_named("paper")) for blocks in (1, 32))
     assert one.seconds < all_of_them.seconds < 32 * one.seconds
     assert one.device_bytes == all_of_them.device_bytes > job.weights(4)
     assert all_of_them.disk_bytes == pytest.approx(32 * one.disk_bytes)
     spread = Job(SHAPES["llama2-7b"], 8, 8, 8, 2048)
-    assert repair(spread, 128, 32, Options.of("paper")).host_bytes == pytest.approx(8 * all_of_them.host_bytes)
+    assert repair(spread, 128, 32, recipe_named("paper")).host_bytes == pytest.approx(8 * all_of_them.host_bytes)
     assert Budget(1, 2, 3, 4).then(Budget(1, 5, 1, 1), 2) == Budget(3, 5, 3, 6)
 
 
