@@ -101,7 +101,7 @@ ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the commit
 sensitivities ablation predict bench-peers bench-links check-prediction bench-gpu budget: $(READY)
 	TP=$(TP) sh experiments/measure.sh $@ $(ARGS)
 notebooks: $(READY)  ## Run the notebooks and keep what they show in them
-	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 tiny-model: $(READY)  ## Train spd-tiny again; an interrupted training goes on where it stopped
 	$(PYTHON) experiments/train_tiny.py $(ARGS)
 mlflow-ui: $(READY)  ## Compare runs in the browser, the committed ones among them

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from spd.cli import command, main
+from spd.cli import main
 from spd.closed_form import ClosedForm
 from spd.distill import Recipe, recipe_named
 from spd.evaluate import Progress, perplexity, silent
-from spd.options import CALIBRATION, COMPUTE, MODEL, OUTPUT, TEXT, option
+from spd.options import CALIBRATION, COMPUTE, MODEL, OUTPUT, TEXT, command, option
 from spd.plan import Plan, parse_blocks
 from spd.pretrained import SPDModel
 from spd.sweep import Repairer

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from spd.bench import chosen_transport, spread
 from spd.checkpoint import SINGLE, random_tensors
-from spd.cli import command, main
+from spd.cli import main
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
-from spd.options import OUTPUT, at_least, option
+from spd.options import OUTPUT, at_least, command, option
 from spd.pretrained import DTYPES, SPDModel
 from spd.records import hardware
 from spd.transport import ProcessGroup, SharedMemory, Transport

@@ -13,14 +13,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd.cli import COMMANDS, command, main, read_experiment
+from spd.cli import main
 from spd.closed_form import ClosedForm
 from spd.config import HUB_IDS, SHAPES, ModelConfig
 from spd.distill import Recipe, recipe_named, split
 from spd.errors import SPDError
 from spd.latency import gpu_flops, gpu_memory
 from spd.least_squares import RIDGES
-from spd.options import OUTPUT, option
+from spd.options import COMMANDS, OUTPUT, command, option, read_experiment
 from spd.planner import blocks_of
 from spd.pretrained import resolve
 from spd.session import LONGEST_DEFAULT
@@ -246,7 +246,7 @@ GIB = 2**30
 
 
 def table(gpu: str = "a100") -> dict:
-    """All blocks of a model repaired on the paper's calibration data: `rows`, one a model, number of GPUs and repair."""
+    """All blocks of a model repaired on the paper's calibration data: a row a model, number of GPUs and repair."""
     rows = []
     for model in MODELS:
         for gpus in (1, TP):

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from reference import reference
 
 from spd.calibrate import Calibration, Observation, errors, fit, worst
-from spd.cli import command, main
+from spd.cli import main
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
@@ -34,7 +34,7 @@ from spd.latency import (
     ring_bytes,
     syncs_at,
 )
-from spd.options import OUTPUT
+from spd.options import OUTPUT, command
 
 # ---------------------------------------------------------------- The latency model against a decode benchmar
 

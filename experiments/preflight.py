@@ -16,11 +16,11 @@ import torch
 from budget import GIB, Budget, stages
 
 from spd.checkpoint import SafetensorsFolder
-from spd.cli import read_experiment
 from spd.config import ModelConfig
 from spd.data import BUILTIN, HUB_TEXTS, read_hub_text, read_text
 from spd.errors import SPDError
 from spd.launch import runtime
+from spd.options import read_experiment
 from spd.pretrained import HUB_FILES, resolve
 
 TASK_ROWS = "allenai/ai2_arc"  # a data set of the tasks, asked for to see whether the hub answers

@@ -1,23 +1,16 @@
-"""The command line: options declared once, and commands that are thin calls of functions a notebook can call as well.
+"""The command line: commands that are thin calls of functions a notebook can call as well."""
 
-A command is a function of a `Session`, declared with the groups of options that it takes. Values of an experiment's
-YAML (`--experiment`, before the command) become its defaults: those of `common`, then those of its own section.
-"""
-
-import argparse
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spd.errors import SPDError
 from spd.options import (
     BUDGET,
     CALIBRATION,
     CALIBRATION_TEXT,
+    COMMANDS,
     COMPARE,
     COMPUTE,
     DATA_PARALLEL,
@@ -41,113 +34,19 @@ from spd.options import (
     TEXT,
     THRESHOLDS,
     TIMED,
+    Command,
+    Parser,
+    command,
     floats,
     option,
 )
-from spd.session import Session, print_result, question
+from spd.session import Session, question
 
 PROGRAM = "Sync-point drop for tensor-parallel LLaMA models: which all-reduces can go, and what that gains."
 AFTER = (
     "Every command prints one JSON document as its last line on stdout; progress goes to stderr. Start it under "
     "torchrun to spread the tp shards over processes."
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """Of one command; a wrong word ends as one sentence."""
-
-    def error(self, message: str):
-        self.exit(2, f"{message[0].upper()}{message[1:]}; see '{self.prog} --help'.\n")
-
-
-# ---------------------------------------------------------------- commands
-
-COMMANDS: dict[str, "Command"] = {}
-
-
-@dataclass(frozen=True)
-class Command:
-    """`result_in` says where in `--out` its result is kept: "." the file itself, else a name in a folder; None: not."""
-
-    name: str
-    function: Callable[[Session], None]
-    options: tuple[tuple[tuple[str, ...], dict], ...]
-    result_in: str | None
-
-    def parser(self) -> Parser:
-        parser = Parser(prog=f"spd {self.name}", description=self.function.__doc__, allow_abbrev=False)
-        for flags, how in self.options:
-            parser.add_argument(*flags, **how)
-        return parser
-
-    def run(self, words: list[str], experiment: Path | None) -> None:
-        """Answers from `--out` where it can, else runs on all processes."""
-        parser = self.parser()
-        if experiment is not None:
-            take_experiment(parser, self.name, experiment)
-        options = parser.parse_args(words)
-        place = None
-        if self.result_in is not None and options.out is not None:
-            place = options.out if self.result_in == "." else options.out / self.result_in
-        session = Session(self.name, options, place)
-        if (document := session.answered()) is not None:
-            print(f"{place} holds this answer already (remove it to ask again).", file=sys.stderr)
-            print_result(document)
-            return
-        with session:
-            self.function(session)
-
-
-def command(*options: tuple, name: str | None = None, result_in: str | None = "."):
-    """Declares a command by its function, whose docstring is the help."""
-
-    def declare(function: Callable[[Session], None]) -> Command:
-        called = name or function.__name__.replace("_", "-")
-        COMMANDS[called] = Command(called, function, options, result_in)
-        return COMMANDS[called]
-
-    return declare
-
-
-def read_experiment(path: Path) -> dict[str, dict[str, Any]]:
-    """The sections of an experiment: `common`, one a command, and those of scripts that lie beside it."""
-    import yaml
-
-    try:
-        sections = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise SPDError(f"The experiment {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SPDError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
-    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        raise SPDError(f"{path} is not an experiment: it needs sections of options, as 'common'.")
-    for name in sections:
-        if name not in ("common", *COMMANDS) and not (path.parent / f"{name}.py").is_file():
-            raise SPDError(f"{path}: there is no command '{name}'; known: common, {', '.join(COMMANDS)}.")
-    return sections
-
-
-def take_experiment(parser: Parser, name: str, path: Path) -> None:
-    """The experiment's values become defaults, each checked as if it were given. Raises SPDError naming a wrong one."""
-    sections = read_experiment(path)
-    own = {action.dest: action for action in parser._actions}
-    everywhere = {action.dest for each in COMMANDS.values() for action in each.parser()._actions} | set(own)
-    for section, known in (("common", everywhere), (name, set(own))):
-        for key, value in sections.get(section, {}).items():
-            place = f"{path}: {section}.{key}"
-            if key not in known:
-                raise SPDError(f"{place}: there is no such option (see 'spd {name} --help').")
-            if key in own:
-                own[key].default, own[key].required = _checked(parser, own[key], value, place), False
-
-
-def _checked(parser: Parser, action: argparse.Action, value: Any, place: str) -> Any:
-    if isinstance(value, list | dict) or isinstance(value, bool) != (action.nargs == 0):
-        raise SPDError(f"{place}: {value!r} is not a value of this option.")
-    try:
-        return value if action.nargs == 0 else parser._get_value(action, str(value))
-    except argparse.ArgumentError as error:
-        raise SPDError(f"{place}: {error.message} (given: {value!r}).") from None
 
 
 @command(*MODEL, *TEXT, *PLAN, *DROP, *TASKS, COMPARE, DATA_PARALLEL, *DTYPE, *COMPUTE, *OUTPUT, name="eval")
@@ -341,7 +240,7 @@ def predict(session: Session) -> None:
 
 
 @command(option("benches", type=Path, nargs="+", metavar="RECORDS", help="Records of 'bench', or folders of them."),
-         option("--check", type=Path, action="append", default=[], help="Records to predict, not to fit; again for more."),
+         option("--check", type=Path, action="append", default=[], help="Records to predict, not to fit; again."),
          option("--statistic", default="median", help="Time of a plan's repetitions: median, or min."),
          *OUTPUT)  # fmt: skip
 def profile(session: Session) -> None:

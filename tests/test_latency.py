@@ -22,6 +22,7 @@ from predict_paper import (
     reference,
     stated_link,
 )
+from spd.report.shelf import every_sheet
 
 from spd.calibrate import (
     Calibration,
@@ -57,7 +58,6 @@ from spd.latency import (
 from spd.plan import Plan
 from spd.records import make_record, write_record
 from spd.report import report, tables
-from spd.report.shelf import every_sheet
 
 TEN_GIGABYTES = Link.parse("10GBps,20us")
 COSTS = Costs(2e-5, 1e-11, 1e-10, 3e-11, 2e-10)  # round numbers, as of a slow CPU

@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from reference import reference
-
-from spd.records import load_records, make_record, write_record
 from spd.report.ledger import NEEDS, ledger, write_ledger
 from spd.report.measures import MEASURES
+
+from spd.records import load_records, make_record, write_record
 
 HARDWARE = {"cpu": "Synthetic CPU", "cores": 3, "memory_gib": 1.0, "gpus": []}
 

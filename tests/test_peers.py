@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
+from spd.report.shelf import every_sheet
 
 from spd import Plan, SPDModel
 from spd.bench import BenchSettings, Compiled, Eager, Rates, _gained, _Sample, floors, run
@@ -17,7 +18,6 @@ from spd.launch import Runtime, spawn
 from spd.model import Rotary, rotate
 from spd.records import make_record
 from spd.report import tables
-from spd.report.shelf import every_sheet
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY
 
 TINY = ModelConfig(96, 32, 64, 3, 4, 2, 8, 128)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
+from spd.report.shelf import Shelf
 
 from spd.errors import SPDError
 from spd.records import make_record, write_record
 from spd.report import choose, load_records, print_tables, report, tables
-from spd.report.shelf import Shelf
 
 BLOCKS = 4
 SENSITIVITY = [12.5, 0.25, -0.5, 0.015625]
