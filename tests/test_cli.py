@@ -274,6 +274,34 @@ def test_a_command_that_fills_its_out_says_where_its_result_goes(spd, common, tm
         assert code == 1 and "Cannot write file" in err and ".probe" in err
 
 
+def test_a_question_asked_again_is_answered_at_once(spd, common, plain, tmp_path):
+    """From --out, before anything heavy is imported; another number, other data or a lost record ask it anew."""
+    asked = ["eval", *common, "--windows", 2, "--out", "out.json"]
+    code, result, err = spd(*asked)
+    assert code == 0, err
+    (tmp_path / "light" / "torch").mkdir(parents=True)
+    (tmp_path / "light" / "torch" / "__init__.py").write_text("raise ImportError('torch is heavy')")
+    path = os.pathsep.join([str(tmp_path / "light"), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-m", "spd", *map(str, asked), "--no-mlflow"]
+    again = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert again.returncode == 0 and "holds this answer already" in again.stderr, again.stderr
+    assert json.loads(again.stdout) == result and len(list(Path("runs").iterdir())) == 1
+
+    def runs(*options):
+        assert spd(*asked, *options)[0] == 0
+        return len(list(Path("runs").iterdir()))
+
+    assert runs("--batch-size", 2) == 1  # changes no number
+    assert runs("--drop", "all") == 2
+    assert runs("--drop", "all") == 2
+    Path("words.txt").write_text(Path(common[5]).read_text())
+    assert runs("--drop", "all", "--text", "words.txt") == 2  # the same words elsewhere
+    Path("words.txt").write_text("t5 " + Path(common[5]).read_text())
+    assert runs("--drop", "all", "--text", "words.txt") == 3
+    next(Path("runs").glob(f"{json.loads(Path('out.json').read_text())['record']}.json")).unlink()
+    assert runs("--drop", "all", "--text", "words.txt") == 3  # the record was gone, and is there again
+
+
 def test_a_killed_write_leaves_nothing(spd, common, tmp_path, monkeypatch):
     """A disk that fills up while the result is written: a sentence, and neither half a file nor a temporary one."""
 

@@ -11,14 +11,13 @@ import table1  # noqa: F401  (its section of an experiment is then known)
 from budget import Budget, Job, repair, stages, table
 from preflight import Needs, missing
 from shape_only import write_shape_only
-from spd.report.tables import embed
 
 import spd.cli  # noqa: F401  (declares the commands)
 from spd.config import SHAPES
 from spd.distill import recipe_named
 from spd.errors import SPDError
 from spd.options import COMMANDS, read_experiment, take_experiment
-from spd.report import load_records, tables
+from spd.records import load_records
 
 ROOT = Path(__file__).parent.parent
 MAKE = shutil.which("make")
