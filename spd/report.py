@@ -338,7 +338,7 @@ def embed(page: str, found: Sequence[Table]) -> str:
     embedded = page
     for table in found:
         marked = re.compile(rf"(<!-- table {re.escape(table.name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        embedded, _ = marked.subn(lambda m, t=table: f"{m[1]}\n{t.markdown()}\n\n{m[2]}", embedded)
+        embedded, _ = marked.subn(lambda m, t=table: f"{m[1]}\n{t.markdown(t.essential)}\n\n{m[2]}", embedded)
     if not any(f"<!-- table {table.name} -->" in page for table in found):
         names = ", ".join(table.name for table in found)
         raise SPDError(f"The page has no place marked for a table: <!-- table NAME -->, NAME one of {names}.")

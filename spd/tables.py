@@ -26,11 +26,15 @@ class Table(NamedTuple):
     caption: str
     frame: pd.DataFrame
     records: Sequence[Record]
+    essential: Sequence[str] = ()  # the columns for a page of text; none named: all
+    form: str = ".5g"  # of numbers that are not whole, for reading
 
     def markdown(self, columns: Sequence[str] = ()) -> str:
         """Rounded for reading, with all columns or some."""
         shown = self.frame[list(columns) or list(self.frame)].astype(object)  # so that whole numbers stay whole
-        return shown.where(shown.notna(), None).to_markdown(index=False, floatfmt=".5g", missingval="")
+        words = [i for i, name in enumerate(shown) if shown[name].map(lambda cell: isinstance(cell, str)).any()]
+        shown = shown.where(shown.notna(), None)
+        return shown.to_markdown(index=False, floatfmt=self.form, missingval="", disable_numparse=words)
 
 
 # ---------------------------------------------------------------- records

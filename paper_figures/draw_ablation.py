@@ -1,0 +1,124 @@
+"""What each step of a repair gives, the paper's table 1, and what repairs would take: records of `ablate`, `table1`
+and `budget`."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import seaborn as sns
+from draw import Record, Table, canvas, finish, machine, model_of, newest, number, run, style, value
+from matplotlib.figure import Figure
+
+GIB = 2**30
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """One table of all `ablate` records and one of all `table1` records (of one model, tp, text and plan the newest),
+    and one of the newest `budget` record."""
+    ablated, compared, budget = (_newest(records, command) for command in ("ablate", "table1", "budget"))
+    makers = ((_ablation, ablated), (_table1, compared))
+    found = [make(chosen) for make, chosen in makers if chosen]
+    return [*found, *([_budget(newest(records, "budget"))] if budget else [])]
+
+
+def _newest(records: Sequence[Record], command: str) -> dict[str, Record]:
+    return {command if command == "budget" else _subject(r): r for r in records if r["command"] == command}
+
+
+def _subject(record: Record) -> str:
+    text = Path(str(value(record, "data", "text"))).stem
+    letters = str(value(record, "plan")).split()
+    dropped, blocks = letters.count("DF"), len(letters)
+    where = "all blocks" if dropped == blocks else f"{dropped} of {blocks} blocks"
+    return f"{model_of(record)}, {text}, tp={value(record, 'tp')}, {where}"
+
+
+def _windows(chosen: Mapping[str, Record]) -> str:
+    parts = []
+    for subject, record in chosen.items():
+        calibration, evaluation = (number(record, "result", "windows", key) for key in ("calibration", "evaluation"))
+        seq_len = value(record, "data", "seq_len")
+        parts.append(f"{subject}: {calibration} calibration and {evaluation} evaluation windows of {seq_len} tokens")
+    machines = ", ".join(dict.fromkeys(map(machine, chosen.values())))
+    return f"{'; '.join(parts)}. {len(chosen)} records; {machines}."
+
+
+def _ablation(chosen: Mapping[str, Record]) -> Table:
+    rows: dict[str, dict] = {}
+    for subject, record in chosen.items():
+        for i, variant in enumerate(value(record, "result", "variants")):
+            row = rows.setdefault(variant["name"], {"repair": variant["name"]})
+            row[subject] = number(record, "result", "variants", i, "perplexity")
+            row[f"{subject}: recovered %"] = 100 * number(record, "result", "variants", i, "recovered")
+            row[f"{subject}: seconds"] = number(record, "result", "variants", i, "seconds")
+    caption = "What each step of a repair gives: perplexity with attention syncs dropped, on text the repairs have not"
+    caption += " seen; the share of the loss (in nats) that zero-shot adds and the repair takes back; seconds it took. "
+    frame, used = pd.DataFrame(rows.values()), list(chosen.values())
+    return Table("ablation", caption + _windows(chosen), frame, used, ("repair", *chosen), ".2f")
+
+
+def _table1(chosen: Mapping[str, Record]) -> Table:
+    rows = []
+    for subject, record in chosen.items():
+        row = {"model": subject}
+        for kind in ("residual", "bias"):
+            for i, design in enumerate(value(record, "result", kind)):
+                name = f"{kind}: {design['design']}" if design["design"] == "no SPD" else design["design"]
+                row[name] = number(record, "result", kind, i, "perplexity")
+        rows.append(row)
+    caption = (
+        "The paper's table 1 on small real models: perplexity where an SPD block adds its attention output (residual)"
+        " before the one all-reduce, as the method does, or after it, so that it stays with its shard for good; and"
+        " where the output projection's bias is added after it, as the method does, or before it, tp times. The biases"
+        " are the values' means, taken from the values and given back after the projection: the same function."
+    )
+    return Table("table1", caption, pd.DataFrame(rows), list(chosen.values()), form=".2f")
+
+
+def _budget(record: Record) -> Table:
+    result, rows = record["result"], []
+    for row in value(record, "result", "rows"):
+        sizes = {"GPU": "device_bytes", "host": "host_bytes"}
+        hours = f"{row['seconds'] / 3600:.1f}" if row["fits"] else "does not fit"
+        rows.append({"model": row["model"], "GPUs": row["gpus"], "repair": row["repair"],
+                     **{f"GiB a {where}": row[key] / GIB for where, key in sizes.items()},
+                     "GiB on disk": row["disk_bytes"] / GIB, "hours": hours})  # fmt: skip
+    has = number(record, "result", "device_bytes") / GIB
+    caption = (
+        f"Reckoned, not measured: all blocks of a model repaired on {result['windows']} windows of {result['seq_len']}"
+        f" tokens at tp={result['tp']}, on {result['gpu']} GPUs of {has:.0f} GiB at half their peak in float32."
+    )
+    return Table("budget", caption, pd.DataFrame(rows), [record], form=".0f")
+
+
+def figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Of all `ablate` records the share of the loss that each repair takes back."""
+    chosen = _newest(records, "ablate")
+    if not chosen:
+        return {}
+    table = _ablation(chosen)
+    frame = table.frame.iloc[1:]  # without the model whose sync points are all kept
+    columns = {f"{subject}: recovered %": subject for subject in chosen}
+    points = frame[["repair", *columns]].rename(columns=columns)
+    points = points.melt("repair", var_name="on", value_name="recovered")
+    caption = "Share of the loss that dropping adds (in nats) and that a repair takes back, on text that it has not"
+    caption += " seen; right is better, 100 % is the model with every sync point kept. " + _windows(chosen)
+    with style():
+        figure = canvas(8.2, 2.2 + 0.34 * len(frame))
+        ax = figure.subplots()
+        sns.stripplot(
+            points, x="recovered", y="repair", hue="on", dodge=True, jitter=False, palette="colorblind", ax=ax
+        )
+        ax.axvline(0, color="0.25", linewidth=0.8)
+        ax.axvline(100, color="0.25", linewidth=0.8, linestyle="--")
+        ax.set(xlabel="loss taken back (%)", ylabel="", xlim=(max(ax.get_xlim()[0], -60), 106))
+        ax.grid(visible=True, axis="y")
+        handles, labels = ax.get_legend_handles_labels()
+        ax.get_legend().remove()
+        figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
+    return {"ablation": finish(figure, caption, table.records)}
+
+
+if __name__ == "__main__":
+    sys.exit(run(tables, figures, __doc__))

@@ -1,0 +1,108 @@
+"""Figure 7's lower panels and figure 2, measured over several links: what dropping gains on each, and by formula."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import pandas as pd
+import seaborn as sns
+from draw import MARKERS, Record, Table, canvas, finish, machine, model_of, number, plain, run, style, value
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from spd.comm import Link
+from spd.report import axis_of_blocks
+from spd.tables import timing_words, timings
+
+COMMON = ("tp", "world", "batch", "prompt_len", "new_tokens", "dtype", "compile", "transport")
+DASHES = {"linestyle": (0, (4, 2)), "linewidth": 1.2}
+
+
+def over_links(records: Sequence[Record]) -> list[Record]:
+    """The newest bench record of each link, slowest link first, of the setting last timed; none of fewer than two."""
+    timed = [r for r in records if r["command"] == "bench" and "communication_ms" in value(r, "result", "plans", 0)]
+    alike = {r["result"]["link"]: r for r in timed if _setting(r) == _setting(timed[-1])}
+    return sorted(alike.values(), key=_one_kilobyte, reverse=True) if len(alike) > 1 else []
+
+
+def _setting(record: Record) -> tuple:
+    """What must be equal for the link to be the only difference."""
+    plans = [plan["plan"] for plan in value(record, "result", "plans")]
+    return (record["model"]["fingerprint"], plans, *(record["result"].get(key) for key in COMMON))
+
+
+def _one_kilobyte(record: Record) -> float:
+    link = record["result"]["link"]
+    return Link.parse(link).all_reduce_seconds(1e3, 2) if link else 0.0
+
+
+def _rows(record: Record) -> pd.DataFrame:
+    """`timings`, with the time of all collectives of a prefill, by clock and by formula."""
+    frame = timings(record)
+    letters = [value(record, "result", "plans", i, "plan") for i in range(len(frame))]
+    at = [partial(number, record, "result", "plans", letters.index(plan)) for plan in frame["plan"]]
+    return frame.assign(
+        link=(record["result"]["link"] or "none emulated").replace(",", ", "),
+        transfer_ms=[read("communication_ms", "median") for read in at],
+        transfer_formula_ms=[read("floor", "ttft_communication_ms") for read in at],
+        formula_speedup=frame["formula_ms"].iloc[0] / frame["formula_ms"],
+    )
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """Speedup and transfer time by percentage of every link, where there are several."""
+    measured = over_links(records)
+    if not measured:
+        return []
+    columns = ["link", "blocks_dropped", "percent", "ttft_median_ms", "ttft_spread_ms", "formula_ms", "transfer_ms"]
+    columns += ["transfer_formula_ms", "speedup", "formula_speedup", "saved_share"]
+    last = measured[-1]
+    only = ", random weights (shape only)" if last["model"].get("shape_only") or "random" in str(last["model"]) else ""
+    caption = (
+        "Left: the more a link costs, the more dropping gains; right: the time of the collectives that are left. Solid:"
+        " measured, medians; dashed: the time without communication plus the link's formula and idle real collectives;"
+        " what is measured above that is one process waiting for the other."
+        f" {model_of(last)}{only}, {timing_words(last)}; {len(measured)} records; {machine(last)}."
+    )
+    frame = pd.concat([_rows(record) for record in measured], ignore_index=True)
+    return [Table("links", caption, frame.reindex(columns=columns), measured)]
+
+
+def figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Speedup and transfer time by percentage, a line a link."""
+    found = tables(records)
+    if not found:
+        return {}
+    (table,) = found
+    links = table.frame.groupby("link", sort=False)
+    with style():
+        figure = canvas(9.0, 4.8)
+        figure.get_layout_engine().set(wspace=0.06)
+        left, right = figure.subplots(1, 2)
+        for (link, rows), colour, marker in zip(links, sns.color_palette("viridis", len(links)), MARKERS, strict=False):
+            look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "label": link}
+            left.plot(rows["percent"], rows["speedup"], **look)
+            left.plot(rows["percent"], rows["formula_speedup"], color=colour, **DASHES)
+            right.plot(rows["percent"], rows["transfer_ms"], **look)
+            right.plot(rows["percent"], rows["transfer_formula_ms"], color=colour, **DASHES)
+        _axes(left, right, number(table.records[0], "model", "blocks"))
+    return {"links": finish(figure, table.caption, table.records)}
+
+
+def _axes(left: Axes, right: Axes, blocks: float) -> None:
+    for ax in (left, right):
+        axis_of_blocks(ax, blocks)
+    left.set_ylabel("speedup of the time to first token")
+    right.set(ylabel="collectives of a prefill (ms)", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    right.yaxis.set_major_formatter(plain)
+    right.yaxis.set_minor_formatter(NullFormatter())
+    handles, labels = left.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="0.3", **DASHES))
+    left.legend(handles, [*labels, "by formula"], title="emulated link", frameon=False, loc="upper left")
+
+
+if __name__ == "__main__":
+    sys.exit(run(tables, figures, __doc__))
