@@ -10,10 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from spd import mirror, track
-from spd.comm import Replicas
 from spd.data import Windows, read_windows
 from spd.errors import SPDError
-from spd.launch import Runtime, bar, runtime, say, tracking_uri
+from spd.launch import Replicas, Runtime, bar, runtime, say, tracking_uri
 from spd.plan import Plan, parse_blocks, read_plan_document
 from spd.pretrained import SPDModel
 
