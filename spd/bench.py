@@ -32,7 +32,7 @@ from spd.errors import SPDError
 from spd.kernels import linear
 from spd.latency import Costs, FittedAllReduce, Machine, Pass, Setting, communication
 from spd.launch import Runtime, bar, cores, nccl_settings, spawn
-from spd.model import StaticKVCache, Transformer
+from spd.model import Transformer
 from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
 from spd.pretrained import SPDModel, describe, display_name, resolve
@@ -74,7 +74,7 @@ class Compiled:
     def __init__(self, model: Transformer, prompt: Tensor, new_tokens: int, backend: str = "inductor"):
         self.model, self.prompt, self.token = model, prompt, prompt[:, -1:].clone()
         self.cache = model.new_cache(prompt.shape[0], prompt.shape[1] + new_tokens)
-        self.steps = StaticKVCache(self.cache)
+        self.steps = self.cache.static()
         for block in model.blocks:
             for part in ("attend", "transform"):
                 setattr(block, part, torch.compile(getattr(type(block), part).__get__(block), backend=backend))
@@ -84,7 +84,7 @@ class Compiled:
     def _prefill(self) -> None:
         self.cache.length = 0
         self._choose(self.model(self.prompt, self.cache, last_only=True))
-        self.steps.position.fill_(self.prompt.shape[1])
+        self.steps.length.fill_(self.prompt.shape[1])
 
     def _decode(self) -> None:
         self._choose(self.model(self.token, self.steps, last_only=True))

@@ -14,13 +14,11 @@ every place where something replicated meets something sharded, norm weights inc
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -42,7 +40,7 @@ class Link:
 
     @classmethod
     def parse(cls, spec: str) -> "Link":
-        """From `10GBps,20us` (bytes, not bits). Raises SPDError showing the form."""
+        """From `10GBps,20us` (bytes, not bits)."""
         number = r"(\d+(?:\.\d+)?)"
         match = re.fullmatch(rf"{number}\s*([KMGT]?)Bps\s*,\s*{number}\s*(ns|us|ms|s)", spec.strip())
         if not match or float(match[1]) == 0:
@@ -85,35 +83,6 @@ class Stream:
         """Adds the shards' partial outputs (S, B, T, D) to the pending part, and a bias (D,) to `x`, once."""
         x = self.x if bias is None else self.x + bias
         return Stream(x, partial if self.pending is None else self.pending + partial)
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """Copies of the model, each on `each` consecutive processes, that divide independent work among themselves."""
-
-    count: int = 1
-    each: int = 1
-    rank: int = 0  # this process's, among all
-
-    def group(self) -> dist.ProcessGroup | None:
-        """The processes of this one's copy; None where that is all of them. Every process must ask."""
-        if self.count == 1:
-            return None
-        starts = range(0, self.count * self.each, self.each)
-        groups = [dist.new_group(list(range(start, start + self.each))) for start in starts]
-        return groups[self.rank // self.each]
-
-    def share(self, items: list, work: Callable[[Any], Any]) -> list:
-        """What `work` gives for each item, in their order, on every process; it is called for this copy's alone."""
-        mine = [work(item) for item in items[self.rank // self.each :: self.count]]
-        if self.count == 1:
-            return mine
-        found = [None] * (self.count * self.each)
-        dist.all_gather_object(found, mine)
-        results = [None] * len(items)
-        for copy, part in enumerate(found[:: self.each]):
-            results[copy :: self.count] = part
-        return results
 
 
 @dataclass

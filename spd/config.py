@@ -8,9 +8,24 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from spd.errors import SPDError
+from spd.errors import SPDError, one_of
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length seen
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # bytes: `.itemsize`
+HF_NAMES = {  # field of `ModelConfig` -> transformers' name for it
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_blocks": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,16 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise SPDError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly.")
 
+    def kv_heads_per_shard(self, tp: int) -> int:
+        """Where tp exceeds the key/value heads they are replicated: one on each shard."""
+        return max(1, self.num_kv_heads // tp)
+
     def degrees(self) -> list[int]:
         """Every tensor-parallel degree that this shape allows."""
         return [tp for tp in range(1, self.num_heads + 1) if not self._obstacles(tp)]
 
     def validate_tp(self, tp: int) -> None:
-        """Raises SPDError, naming the degrees that would do, unless `tp` divides the heads and the MLP."""
+        """A mistake, naming the degrees that would do, unless `tp` divides the heads and the MLP."""
         obstacles = self._obstacles(tp)
         if obstacles:
             would = ", ".join(map(str, self.degrees()))
@@ -82,32 +101,15 @@ class ModelConfig:
 
     def to_hf(self) -> LlamaConfig:
         """The same shape for transformers."""
-        return LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_blocks,
-            num_attention_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=self.max_positions,
-            rms_norm_eps=self.norm_eps,
-            rope_parameters=dict(self.rope),
-            tie_word_embeddings=self.tie_embeddings,
-            attention_bias=self.attention_bias,
-            mlp_bias=self.mlp_bias,
-        )
+        named = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
+        return LlamaConfig(**named, rope_parameters=dict(self.rope))  # a copy: transformers completes it
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_hf(cls, source: dict) -> "ModelConfig":
-        """From the content of a `config.json`; both `rope_parameters` and the older keys are understood.
-
-        Raises:
-            SPDError: another architecture, another activation, or a value that makes no LLaMA.
-        """
+        """From the content of a `config.json`; both `rope_parameters` and the older keys are understood."""
         kind = source.get("model_type")
         if kind != "llama":
             raise SPDError(f"The model is of type '{kind}'; only LLaMA models (model_type 'llama') are supported.")
@@ -120,19 +122,8 @@ class ModelConfig:
             raise SPDError(f"The model's config.json is not a valid LLaMA configuration: {reason}") from error
         eos = hf.eos_token_id
         return cls(
-            vocab_size=hf.vocab_size,
-            hidden_size=hf.hidden_size,
-            intermediate_size=hf.intermediate_size,
-            num_blocks=hf.num_hidden_layers,
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=hf.head_dim,
-            max_positions=hf.max_position_embeddings,
-            norm_eps=hf.rms_norm_eps,
+            **{ours: getattr(hf, theirs) for ours, theirs in HF_NAMES.items()},
             rope=dict(hf.rope_parameters),
-            tie_embeddings=hf.tie_word_embeddings,
-            attention_bias=hf.attention_bias,
-            mlp_bias=hf.mlp_bias,
             eos_token_ids=tuple([] if eos is None else eos if isinstance(eos, list) else [eos]),
             pad_token_id=hf.pad_token_id,
         )
@@ -153,8 +144,14 @@ def _llama(layers, hidden, heads, kv_heads, mlp, vocab=32000, positions=4096, **
     return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, hidden // heads, positions, **more)
 
 
-_LLAMA31_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+_LLAMA31_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _LLAMA32_ROPE = {**_LLAMA31_ROPE, "factor": 32.0}
 
 SHAPES = {
@@ -168,13 +165,8 @@ SHAPES = {
     "llama-33m": _llama(8, 512, 8, 8, 1376, 8192),
     "llama-8m": _llama(6, 256, 8, 8, 688, 8192),
 }
-
-
 HUB_IDS = {f"meta-llama/Llama-2-{size}-hf": f"llama2-{size}" for size in ("7b", "13b", "70b")}  # of named shapes
 
 
 def named_shape(name: str) -> ModelConfig:
-    """Raises SPDError listing the known names."""
-    if name not in SHAPES:
-        raise SPDError(f"Unknown shape '{name}'; known: {', '.join(SHAPES)}.")
-    return SHAPES[name]
+    return SHAPES[one_of("shape", name, SHAPES)]

@@ -1,20 +1,15 @@
-"""Perplexity; and, where lm-evaluation-harness is installed, the name `spd` among its models (`spd.harness`)."""
+"""Perplexity."""
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spd.comm import Replicas, Stream
+from spd.comm import Stream
+from spd.launch import Replicas
 from spd.model import Transformer
-
-with suppress(ImportError):  # its registry is light, and loads the class when the name is asked for
-    from lm_eval.api.registry import model_registry
-
-    model_registry.register("spd", target="spd.harness:SpdLM")
 
 TOKENS_AT_ONCE = 1024  # in a forward pass: a small model's stay in cache, and one window of a large model's fills a GPU
 Progress = Callable[..., None]  # told how many units of work were done, and numbers to show by name

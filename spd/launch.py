@@ -1,4 +1,7 @@
-"""Starting and stopping: the process group, devices, threads. The only reader of environment variables."""
+"""Processes: the group, devices, threads, copies of the model, what they tell the reader.
+
+The only reader of environment variables.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -17,31 +21,41 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
-from spd.comm import Link, Replicas, Shards
+from spd.comm import Link, Shards
 from spd.errors import SPDError
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, ProcessGroup, SharedMemory
 
-# ---------------------------------------------------------------- Progress and time left, on stderr
-
-
-@contextmanager
-def bar(total: int, unit: str, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar of `total` units; gives the function to call with the number of units done, and values to show."""
-    every = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
-    with tqdm(total=total, unit=f" {unit}", disable=not shown, mininterval=every, dynamic_ncols=True) as progress:
-
-        def done(units: int, **shown: float) -> None:
-            if shown:
-                progress.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-            progress.update(units)
-
-        yield done
-
-
-# ---------------------------------------------------------------- Starting and stopping: the process group, d
-
 
 TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Copies of the model, each on `each` consecutive processes, that divide independent work among themselves."""
+
+    count: int = 1
+    each: int = 1
+    rank: int = 0  # this process's, among all
+
+    def new_group(self) -> dist.ProcessGroup | None:
+        """The processes of this one's copy; None where that is all of them. A collective: every process must call."""
+        if self.count == 1:
+            return None
+        starts = range(0, self.count * self.each, self.each)
+        groups = [dist.new_group(list(range(start, start + self.each))) for start in starts]
+        return groups[self.rank // self.each]
+
+    def share(self, items: list, work: Callable[[Any], Any]) -> list:
+        """What `work` gives for each item, in their order, on every process; it is called for this copy's alone."""
+        mine = [work(item) for item in items[self.rank // self.each :: self.count]]
+        if self.count == 1:
+            return mine
+        found = [None] * (self.count * self.each)
+        dist.all_gather_object(found, mine)
+        results = [None] * len(items)
+        for copy, part in enumerate(found[:: self.each]):
+            results[copy :: self.count] = part
+        return results
 
 
 @dataclass(frozen=True)
@@ -61,13 +75,13 @@ class Runtime:
     def shards(self, tp: int, link: Link | None = None, replicas: Replicas | None = None) -> Shards:
         """Those of this process, where `replicas` copies of the model run (left out: one, on all processes)."""
         replicas = replicas or self.replicas(1)
-        rank, transport = self.rank % replicas.each, ProcessGroup(replicas.group())
+        rank, transport = self.rank % replicas.each, ProcessGroup(replicas.new_group())
         if self.memory is not None and replicas.count == 1:
             transport = SharedMemory(self.memory, rank, replicas.each)
         return Shards(tp, rank, replicas.each, transport if replicas.each > 1 else None, link)
 
     def replicas(self, count: int) -> Replicas:
-        """Raises SPDError where the processes cannot be divided into `count` equal parts."""
+        """`count` copies of the model, on equal parts of the processes."""
         if count < 1 or self.world % count:
             raise SPDError(
                 f"{count} copies of the model need as many equal parts of the processes, which are {self.world}."
@@ -98,14 +112,9 @@ def tracking_uri() -> str | None:
 
 @contextmanager
 def runtime(device: str = "cpu") -> Iterator[Runtime]:
-    """Joins the processes that torchrun or accelerate started, if any; leaves their group at the end.
-
-    Raises:
-        SPDError: the launcher was asked for several processes and started one, or there are too few GPUs.
-    """
+    """Joins the processes that torchrun or accelerate started, if any; leaves their group at the end."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), environment_rank()
     if world == 1:
-        _refuse_lonely_accelerate()
         yield Runtime(device=_device(device, 0))
         return
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -126,19 +135,6 @@ def _device(device: str, local_rank: int) -> str:
     return f"cuda:{local_rank}"
 
 
-def _refuse_lonely_accelerate() -> None:
-    """`accelerate launch --cpu` can start a single process whatever it was asked for."""
-    if not any(name.startswith("ACCELERATE_") for name in os.environ):
-        return
-    words = psutil.Process().parent().cmdline()
-    for i, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes"):
-            asked = value or words[i + 1]
-            if asked != "1":
-                raise SPDError(f"accelerate was asked for {asked} processes and started one; use torchrun on CPU.")
-
-
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -148,10 +144,8 @@ def spawn(processes: int, function: Callable, *arguments, transport: str = PROCE
     """Runs `function(runtime, *arguments)` in `processes` processes of this machine; gives rank 0's result.
 
     They are a gloo group; if `transport` is shared-memory, their shards' collectives go through memory. The cores are
-    shared out evenly. `function` must be importable, its arguments picklable and its result a JSON document.
-
-    Raises:
-        SPDError: what `function` raised, or that a process ended without a word.
+    shared out evenly. `function` must be importable, its arguments picklable and its result a JSON document. A
+    mistake that it raises is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = (folder, processes, max(1, cores() // processes), transport, function, arguments)
@@ -198,3 +192,17 @@ def _loopback() -> str:
 def say(message: str) -> None:
     """A line for the reader, on stderr: stdout belongs to the result."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(total: int, unit: str, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar of `total` units; gives the function to call with the number of units done, and values to show."""
+    every = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+    with tqdm(total=total, unit=f" {unit}", disable=not shown, mininterval=every, dynamic_ncols=True) as display:
+
+        def progress(units: int, **values: float) -> None:
+            if values:
+                display.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
+            display.update(units)
+
+        yield progress

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens, D hidden, S shards hosted (1 where all shards see the
 g key/value heads of one shard, d head size. Weights of all hosted shards are stacked along S.
 """
 
-from copy import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +41,8 @@ class Norm(nn.Module):
 class ShardLinear(nn.Module):
     """Weights (S, out, in) and, where the model has one, a bias (S, out) of a column-parallel layer."""
 
+    sharded = ("weight", "bias")  # of which each shard has its own part
+
     def __init__(self, shards: int, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shards, outputs, inputs))
@@ -55,6 +55,8 @@ class ShardLinear(nn.Module):
 class RowLinear(nn.Module):
     """A row-parallel layer: each shard gives its part (S, B, T, D) of a sum; the bias (D,) belongs to the sum."""
 
+    sharded = ("weight",)
+
     def __init__(self, shards: int, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shards, outputs, inputs))
@@ -65,54 +67,37 @@ class RowLinear(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every block, (S, B, g, capacity, d) each, and the number of tokens they hold."""
+    """Keys and values of every block, (S, B, g, capacity, d) each, and the number of tokens they hold.
 
-    def __init__(self, config: ModelConfig, tp: int, k: int, batch: int, capacity: int, dtype, device):
-        shape = (config.num_blocks, 2, k, batch, kv_heads_per_shard(config, tp), capacity, config.head_dim)
-        self.blocks = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
+    `length` is a number or, for decoding one token at a time by code that is compiled or captured once, a tensor (1,)
+    on the device: then all of the capacity is read, and no shape depends on how many tokens are held.
+    """
+
+    def __init__(self, blocks: Tensor, length: int | Tensor = 0):
+        self.blocks, self.length = blocks, length  # (L, 2, S, B, g, capacity, d)
+
+    def static(self) -> "KVCache":
+        """The same keys and values, by a length on the device."""
+        return KVCache(self.blocks, torch.zeros(1, dtype=torch.long, device=self.blocks.device))
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new tokens' keys and values after the `length` held; returns all of them."""
-        end = self.length + k.shape[-2]
         keys, values = self.blocks[block]
+        if isinstance(self.length, Tensor):
+            return keys.index_copy_(-2, self.length, k), values.index_copy_(-2, self.length, v)
+        end = self.length + k.shape[-2]
         keys[..., self.length : end, :] = k
         values[..., self.length : end, :] = v
         return keys[..., :end, :], values[..., :end, :]
 
     def repeat(self, rows: Tensor, more: int) -> "KVCache":
         """A copy that holds these rows (R,) of the batch, with room for `more` tokens."""
-        repeated = copy(self)
-        repeated.blocks = F.pad(self.blocks[..., : self.length, :].index_select(3, rows), (0, 0, 0, more))
-        return repeated
+        held = self.blocks[..., : self.length, :].index_select(3, rows)
+        return KVCache(F.pad(held, (0, 0, 0, more)), self.length)
 
     def advance(self, tokens: int) -> None:
         """After a pass over `tokens` new tokens."""
-        self.length += tokens
-
-
-class StaticKVCache(KVCache):
-    """The keys and values of another cache, read whole: no shape depends on how many tokens are held.
-
-    For decoding one token at a time by code that is compiled or captured once: `position` (1,), where the next token
-    goes, is data on the device.
-    """
-
-    def __init__(self, cache: KVCache):
-        self.blocks, self.length = cache.blocks, 0
-        self.position = torch.zeros(1, dtype=torch.long, device=cache.blocks.device)
-
-    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.blocks[block]
-        return keys.index_copy_(-2, self.position, k), values.index_copy_(-2, self.position, v)
-
-    def advance(self, tokens: int) -> None:
-        self.position += tokens
-
-
-def kv_heads_per_shard(config: ModelConfig, tp: int) -> int:
-    """Where tp exceeds the key/value heads they are replicated: one on each shard."""
-    return max(1, config.num_kv_heads // tp)
+        self.length += tokens  # in place where it is a tensor: captured code reads that one
 
 
 class Rotary(nn.Module):
@@ -147,7 +132,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, tp: int, k: int):
         super().__init__()
         self.head_dim = config.head_dim
-        self.h, self.g = config.num_heads // tp, kv_heads_per_shard(config, tp)
+        self.h, self.g = config.num_heads // tp, config.kv_heads_per_shard(tp)
         wide = (self.h + 2 * self.g) * self.head_dim
         self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
         self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
@@ -229,24 +214,17 @@ class Context:
     def __init__(self, rotary: Rotary, x: Tensor, cache: KVCache | None, valid: Tensor | None):
         """`x` (B, T, D) are the new tokens; `valid` (B, past + T) is False at padding."""
         past, tokens = cache.length if cache is not None else 0, x.shape[1]
-        self.cache = cache
+        self.cache, self.mask = cache, None
+        if isinstance(past, Tensor):  # one token, whose position is data
+            positions = torch.arange(cache.blocks.shape[-2], device=x.device)
+            self.rotary = tuple(rotary.table(len(positions), x).index_select(1, past))
+            self.causal, self.mask = False, (positions <= past).expand(x.shape[0], 1, 1, -1)
+            return
         self.rotary = rotary(past, tokens, x)
         self.causal = valid is None and past == 0 and tokens > 1
-        self.mask = None
         if not self.causal and (valid is not None or tokens > 1):
             valid = torch.ones(1, past + tokens, dtype=torch.bool, device=x.device) if valid is None else valid
             self.mask = attention_mask(past, tokens, valid.expand(x.shape[0], -1))
-
-
-class StaticContext(Context):
-    """Of one token at a `StaticKVCache`'s position."""
-
-    def __init__(self, rotary: Rotary, x: Tensor, cache: StaticKVCache):
-        capacity = cache.blocks.shape[-2]
-        self.cache, self.causal = cache, False
-        self.rotary = tuple(rotary.table(capacity, x).index_select(1, cache.position))
-        self.mask = (torch.arange(capacity, device=x.device) <= cache.position).view(1, 1, 1, capacity)
-        self.mask = self.mask.expand(x.shape[0], -1, -1, -1)
 
 
 def attention_mask(past: int, tokens: int, valid: Tensor) -> Tensor:
@@ -260,7 +238,7 @@ class Transformer(nn.Module):
     """LLaMA over the shards hosted here; `plan` may be exchanged at any time."""
 
     def __init__(self, config: ModelConfig, shards: Shards, plan: Plan | None = None):
-        """Raises SPDError where tp does not divide the heads or the MLP. Parameters are left unfilled."""
+        """Parameters are left unfilled."""
         super().__init__()
         config.validate_tp(shards.tp)
         self.config, self.shards = config, shards
@@ -276,8 +254,6 @@ class Transformer(nn.Module):
         return Stream(self.embedding(tokens))
 
     def context(self, stream: Stream, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
-        if isinstance(cache, StaticKVCache):
-            return StaticContext(self.rotary, stream.x, cache)
         return Context(self.rotary, stream.x, cache, valid)
 
     def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
@@ -318,12 +294,12 @@ class Transformer(nn.Module):
             cache.advance(tokens.shape[1])
         return self.last_logits(stream) if last_only else self.logits(stream)
 
-    @staticmethod
-    def is_sharded(parameter: str) -> bool:
+    def is_sharded(self, parameter: str) -> bool:
         """Whether each shard has its own part of the parameter so named; the others are equal on all shards."""
-        inner, kind = parameter.split(".")[-2:]
-        return inner in ("qkv", "gate_up") or (inner in ("out", "down") and kind == "weight")
+        layer, _, kind = parameter.rpartition(".")
+        return kind in getattr(self.get_submodule(layer), "sharded", ())
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        weight, shards = self.embedding.weight, self.shards
-        return KVCache(self.config, shards.tp, shards.k, batch, capacity, weight.dtype, weight.device)
+        config, weight, shards = self.config, self.embedding.weight, self.shards
+        heads = config.kv_heads_per_shard(shards.tp)
+        return KVCache(weight.new_zeros(config.num_blocks, 2, shards.k, batch, heads, capacity, config.head_dim))

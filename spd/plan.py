@@ -1,11 +1,12 @@
 """A plan is data: one policy for each of the two sync points of every block."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from spd.errors import SPDError
+from pydantic import BaseModel, ValidationError
+
+from spd.errors import SPDError, one_of
 
 POINTS = ("attention", "mlp")  # the sync points of a block, in the order they are reached
 
@@ -28,12 +29,6 @@ TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)  # Megatron's block, and the pa
 POLICIES = {policy.name: policy for policy in (FULL, DROP)}
 
 
-def named_policy(name: str) -> Policy:
-    if name not in POLICIES:
-        raise SPDError(f"Unknown policy '{name}'; known: {', '.join(POLICIES)}.")
-    return POLICIES[name]
-
-
 @dataclass(frozen=True)
 class Plan:
     """Policies of every block: `blocks[i]` is (attention, mlp). Prints as its letters, as in `DF DF FF`."""
@@ -48,9 +43,7 @@ class Plan:
     @classmethod
     def dropping(cls, num_blocks: int, attention=(), mlp=()) -> "Plan":
         """`drop` at the attention (mlp) point of the blocks numbered in `attention` (`mlp`), else `full`."""
-        return cls(
-            tuple((DROP if i in attention else FULL, DROP if i in mlp else FULL) for i in range(num_blocks)),
-        )
+        return cls(tuple((DROP if i in attention else FULL, DROP if i in mlp else FULL) for i in range(num_blocks)))
 
     @classmethod
     def from_letters(cls, letters: str) -> "Plan":
@@ -64,7 +57,8 @@ class Plan:
     def from_policies(cls, pairs: list) -> "Plan":
         """From `[["drop", "full"], ...]`, the form of plan files."""
         try:
-            return cls(tuple((named_policy(attention), named_policy(mlp)) for attention, mlp in pairs))
+            named = (tuple(one_of("policy", name, POLICIES) for name in (attention, mlp)) for attention, mlp in pairs)
+            return cls(tuple((POLICIES[attention], POLICIES[mlp]) for attention, mlp in named))
         except (TypeError, ValueError):
             raise SPDError("A plan needs two policies a block, attention and mlp.") from None
 
@@ -96,11 +90,7 @@ class Plan:
 
 
 def parse_blocks(spec: str, num_blocks: int) -> list[int]:
-    """Block numbers of `none`, `all` or a list like `1,3,5-7` (from 0, ranges inclusive).
-
-    Raises:
-        SPDError: not of that form, or a number outside 0..num_blocks-1.
-    """
+    """Block numbers of `none`, `all` or a list like `1,3,5-7` (from 0, ranges inclusive)."""
     if spec in ("none", "all"):
         return list(range(num_blocks)) if spec == "all" else []
     numbers = set()
@@ -118,13 +108,30 @@ def parse_blocks(spec: str, num_blocks: int) -> list[int]:
     return sorted(numbers)
 
 
-def read_plan(path: Path, fingerprint: str, tp: int, num_blocks: int) -> Plan:
-    """The plan in a file (or in the folder that `distill` made), for this model and degree only.
+class MadeFor(BaseModel, extra="allow"):
+    """The model of a plan."""
 
-    Raises:
-        SPDError: not a plan, or made for another model, tp or number of blocks.
-    """
-    return Plan.from_policies(read_plan_document(path, fingerprint, tp, num_blocks)["policies"])
+    fingerprint: str
+    name: str = "another model"
+
+
+class PlanFile(BaseModel, extra="allow"):
+    """What a plan file must hold; others may stand beside it, such as `classes` or `changed` (repaired weights)."""
+
+    policies: list
+    model: MadeFor
+    tp: int
+
+    @classmethod
+    def read(cls, path: Path) -> "PlanFile":
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise SPDError(f"There is no plan at {path}.") from None
+        except OSError as error:
+            raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
+        except ValidationError:
+            raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
 
 
 def plan_file(path: Path) -> Path:
@@ -134,39 +141,27 @@ def plan_file(path: Path) -> Path:
 
 def degree(path: Path) -> int:
     """The tp that the plan at `path` was made for."""
-    return _read_document(plan_file(path))["tp"]
+    return PlanFile.read(plan_file(path)).tp
+
+
+def read_plan(path: Path, fingerprint: str, tp: int, num_blocks: int) -> Plan:
+    """The plan in a file (or in the folder that `distill` made), for this model and degree only."""
+    return Plan.from_policies(read_plan_document(path, fingerprint, tp, num_blocks)["policies"])
 
 
 def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -> dict:
-    """All that `read_plan` reads: besides `policies`, perhaps `classes`, or `changed`, the file of repaired weights.
-
-    Raises:
-        SPDError: as `read_plan` does.
-    """
+    """All that a plan file holds; a mistake where it was made for another model, tp or number of blocks."""
     path = plan_file(path)
-    document = _read_document(path)
-    made_for, made_tp = document["model"]["fingerprint"], document["tp"]
-    blocks = len(Plan.from_policies(document["policies"]))
+    found = PlanFile.read(path)
+    blocks, made_for = len(Plan.from_policies(found.policies)), found.model
     if blocks != num_blocks:
         raise SPDError(f"The plan at {path} has {blocks} blocks, the model {num_blocks}.")
-    if made_tp != tp:
+    if found.tp != tp:
         raise SPDError(
-            f"The plan at {path} was made for tp={made_tp}, not tp={tp}: sensitivities differ, make one anew."
+            f"The plan at {path} was made for tp={found.tp}, not tp={tp}: sensitivities differ, make one anew."
         )
-    if made_for != fingerprint:
-        name = document["model"].get("name", "another model")
-        raise SPDError(f"The plan at {path} was made for {name} ({made_for}), and this model is {fingerprint}.")
-    return document
-
-
-def _read_document(path: Path) -> dict:
-    try:
-        document = json.loads(path.read_text())
-        _ = document["policies"], document["model"]["fingerprint"], document["tp"]
-    except FileNotFoundError:
-        raise SPDError(f"There is no plan at {path}.") from None
-    except OSError as error:
-        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError):
-        raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
-    return document
+    if made_for.fingerprint != fingerprint:
+        raise SPDError(
+            f"The plan at {path} was made for {made_for.name} ({made_for.fingerprint}), and this model is {fingerprint}."
+        )
+    return found.model_dump(exclude_unset=True)

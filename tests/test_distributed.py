@@ -12,12 +12,11 @@ from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
 from spd.bench import BenchSettings, bench
-from spd.comm import Replicas
 from spd.data import read_windows
 from spd.distill import distill, recipe_named
 from spd.errors import SPDError
 from spd.evaluate import perplexity
-from spd.launch import Runtime, spawn
+from spd.launch import Replicas, Runtime, spawn
 from spd.sensitivity import sensitivity
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -259,23 +258,3 @@ def test_torchrun_with_a_degree_that_does_not_fit(plain, text_of_words, tmp_path
     assert run.returncode != 0
     assert "tp=1 is not a multiple of the 2 processes that share it." in run.stderr
     assert not run.stdout.strip()
-
-
-def test_accelerate_on_cpu_starts_one_process_only(plain, text_of_words, tmp_path):
-    """`accelerate launch --cpu` was asked for two and starts one: an error, not a silent single process."""
-    options = [
-        "eval",
-        "--model",
-        str(plain),
-        "--tp",
-        "2",
-        "--text",
-        str(text_of_words),
-        "--no-mlflow",
-        "--records",
-        str(tmp_path / "r"),
-    ]
-    run = launched(["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                    "--mixed_precision", "no", "--dynamo_backend", "no"], *options)  # fmt: skip
-    assert run.returncode != 0
-    assert "accelerate was asked for 2 processes and started one" in run.stderr

@@ -9,7 +9,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-import spd.evaluate  # noqa: F401  (registers `spd`)
 from spd import Plan, SPDModel
 from spd.errors import SPDError
 from spd.harness import SpdLM, questions, score
