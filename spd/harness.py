@@ -19,10 +19,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from spd.comm import Replicas
 from spd.errors import SPDError
 from spd.generate import Sampling, generate, pad_left
-from spd.launch import bar, runtime
+from spd.launch import Replicas, bar, runtime
 from spd.model import KVCache, Transformer
 from spd.pretrained import SPDModel
 

@@ -19,9 +19,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
 from scipy.stats import binomtest
 
-from spd.comm import Replicas
 from spd.errors import SPDError
 from spd.harness import BATCH, SpdLM
+from spd.launch import Replicas
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.tiny import tasks as tiny
