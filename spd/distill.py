@@ -6,7 +6,6 @@ teacher's hidden states; `closed-form` and `best` feed it what the blocks repair
 `best` trains all of them together at the end.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd.checkpoint import block_parameters, changed_tensors
+from spd.checkpoint import changed_tensors
 from spd.closed_form import Calibration, ClosedForm, Site, repair_block
 from spd.data import digest_of
 from spd.errors import SPDError
 from spd.evaluate import Progress, perplexity, silent
 from spd.generate import sample_windows
 from spd.layout import group_heads
-from spd.model import Transformer
 from spd.plan import SPD_BLOCK, TP_BLOCK, Plan, Policy
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
@@ -33,6 +31,8 @@ from spd.training import (
     Schedule,
     batches_of,
     embedded,
+    put_back,
+    snapshot,
     stream_at,
     through,
     towards_logits,
@@ -41,6 +41,7 @@ from spd.training import (
 )
 
 HELD_OUT = 10  # one window in so many is never trained on: the last ones
+CLOSED_FORM, GROUP, DISTILL = "closed form", "group heads", "distill"
 KEPT = "zero-shot"  # what a block whose repair failed is left as
 
 
@@ -63,7 +64,7 @@ class Recipe:
         if self.insensitive_as_is and block_class == "ISB":
             return ()
         grouped = self.group_heads and block_class in ("ESB", None)
-        wanted = {"closed form": self.closed_form, "group heads": grouped, "distill": self.block}
+        wanted = {CLOSED_FORM: self.closed_form, GROUP: grouped, DISTILL: self.block}
         return tuple(action for action, taken in wanted.items() if taken)
 
 
@@ -129,7 +130,7 @@ def class_of(document: dict, block: int) -> str | None:
 def total_steps(document: dict, recipe: Recipe, windows: int) -> int:
     """Optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
     blocks, trained = repaired_blocks(document), split(windows) + recipe.generated
-    distilled = sum("distill" in recipe.actions(class_of(document, i)) for i in blocks)
+    distilled = sum(DISTILL in recipe.actions(class_of(document, i)) for i in blocks)
     steps = distilled * recipe.block.steps(trained) if recipe.block else 0
     return steps + (recipe.joint.steps(trained) if recipe.joint and blocks else 0)
 
@@ -189,12 +190,10 @@ def distill(
     if recipe.joint and dropped:
         objective = towards_logits(transformer, dropped, windows.tokens, teacher, windows.trained)
         _train_jointly(objective, recipe, repairs, progress)
-    result = scores | {"perplexity_after": windows.perplexity(model, plan), "seconds": repairs.seconds}
-    result |= {"plan": str(plan), "recipe": recipe.recipe, "windows": windows.counts()} | _notes(document, repairs)
-    written = {name: value for name, value in document.items() if name not in ("changed", "arguments")}
-    written |= {"plan": str(plan), "recipe": recipe.recipe, "model": model.describe(), "tp": model.tp}
-    repairs.conclude(written, result)
-    return result
+    scores |= {"perplexity_after": windows.perplexity(model, plan), "windows": windows.counts()}
+    same = {"plan": str(plan), "recipe": recipe.recipe}
+    of_model = {"model": model.describe(), "tp": model.tp}
+    return repairs.conclude(document | same | of_model, scores | same | _notes(document, repairs))
 
 
 def _check(model: SPDModel, plan: Plan, recipe: Recipe) -> None:
@@ -269,24 +268,29 @@ class Case:
 
 
 def _repair_or_restore(case: Case, recipe: Recipe, repairs: Repairs, progress: Progress) -> None:
-    transformer, i, actions = case.model.transformer, case.index, recipe.actions(case.block_class)
-    if repairs.finished(f"block {i}") is not None:
+    transformer, i = case.model.transformer, case.index
+    if repairs.finished(f"block {i}") is None:
+        before = snapshot(transformer, [i])
+        note = _repair(case, recipe, before, progress)
+        repairs.finish(f"block {i}", note, [(i, changed_tensors(transformer, i, before))])
+    else:
         repairs.restore(transformer, i)
-        progress(recipe.block.steps(case.windows.trained) if "distill" in actions else 0)
-        return
-    before = _copy(transformer, i)
-    note = _repair(case, recipe, before, progress)
-    repairs.finish(f"block {i}", note, [(i, changed_tensors(transformer, i, before))])
+        distilled = DISTILL in recipe.actions(case.block_class)
+        progress(recipe.block.steps(case.windows.trained) if distilled else 0)
 
 
 def _repair(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
     """Does to the block what the recipe says, and undoes it where the block is then worse on held-out windows."""
-    actions = recipe.actions(case.block_class)
-    note = _note(case.index, case.block_class, ", ".join((*actions, "drop")), case.objective.held_out())
+    actions, objective, seed = recipe.actions(case.block_class), case.objective, recipe.seed + 1000 * (case.index + 1)
+    note = _note(case.index, case.block_class, ", ".join((*actions, "drop")), objective.held_out())
     try:
-        for action in actions:
-            note |= ACTIONS[action](case, recipe, before, progress)
-        found = case.objective.held_out()
+        if CLOSED_FORM in actions:
+            note["closed_form"] = _solve(case, recipe.closed_form, before)
+        if GROUP in actions:
+            note["grouping"] = _group(case, seed)
+        if DISTILL in actions:
+            note["curve"] = train(objective, recipe.block, seed, progress)
+        found = objective.held_out()
     except Diverged:
         note["note"] = f"the loss became non-finite; kept {KEPT}"
     else:
@@ -295,54 +299,28 @@ def _repair(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Pro
         else:  # worse, or not a number
             note["note"] = f"the repair ended at a loss of {found:.4g}, worse; kept {KEPT}"
     if note["note"]:
-        _put_back(case.model.transformer, before)
+        put_back(case.model.transformer, before)
     return note
 
 
-def _solve(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
+def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor]) -> dict:
     transformer, i = case.model.transformer, case.index
-    site = Site(transformer.blocks[i], i, transformer.shards, case.model.config)
     rows = list(batches_of(case.inputs, range(case.windows.given)))  # its own text would double the time for little
 
     def on_device(activations: Tensor) -> Lazy:
         return Lazy(rows, lambda some: activations[some].to(transformer.embedding.weight))
 
+    site = Site(transformer.blocks[i], i, transformer.shards, case.model.config)
     data = Calibration(on_device(case.inputs), on_device(case.targets), transformer.context)
     saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
-    return {"closed_form": repair_block(site, data, recipe.closed_form, saved)["steps"]}
+    return repair_block(site, data, options, saved)["steps"]
 
 
-def _group(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
-    transformer, i = case.model.transformer, case.index
+def _group(case: Case, seed: int) -> dict:
+    transformer = case.model.transformer
     rows = list(batches_of(case.inputs, range(case.windows.trained)))
     inputs = Lazy(rows, partial(stream_at, transformer, case.inputs))
-    seed = _seed(recipe, i)
-    return {"grouping": group_heads(transformer.blocks[i], inputs, transformer.shards, case.model.config, seed)}
-
-
-def _distill(case: Case, recipe: Recipe, before: dict[str, Tensor], progress: Progress) -> dict:
-    return {"curve": train(case.objective, recipe.block, _seed(recipe, case.index), progress)}
-
-
-ACTIONS: dict[str, Callable[..., dict]] = {"closed form": _solve, "group heads": _group, "distill": _distill}
-
-
-def _seed(recipe: Recipe, block: int) -> int:
-    return recipe.seed + 1000 * (block + 1)
-
-
-def _copy(model: Transformer, block: int) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in block_parameters(model, block).items()}
-
-
-@torch.no_grad()
-def _put_back(model: Transformer, values: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in values.items():
-        parameters[name].copy_(value)
-
-
-# ---------------------------------------------------------------- all together
+    return group_heads(transformer.blocks[case.index], inputs, transformer.shards, case.model.config, seed)
 
 
 def _train_jointly(objective: Objective, recipe: Recipe, repairs: Repairs, progress: Progress) -> None:
@@ -352,13 +330,12 @@ def _train_jointly(objective: Objective, recipe: Recipe, repairs: Repairs, progr
         for i in blocks:
             repairs.restore(model, i)
         return
-    before = {i: _copy(model, i) for i in blocks}
+    before = snapshot(model, blocks)
     note = {"curve": None, "note": None}
     try:
         state = repairs.load_epoch()
         note["curve"] = train(objective, recipe.joint, recipe.seed, progress, state, repairs.save_epoch)
     except Diverged:
         note["note"] = "training all blocks together became non-finite; each is kept as it was before"
-        for values in before.values():
-            _put_back(model, values)
-    repairs.finish("joint", note, ((i, changed_tensors(model, i, before[i])) for i in blocks))
+        put_back(model, before)
+    repairs.finish("joint", note, ((i, changed_tensors(model, i, before)) for i in blocks))

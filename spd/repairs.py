@@ -107,18 +107,18 @@ class Repairs:
     def _epoch_file(self, epoch: int) -> Path:
         return self.folder / BLOCKS / f"epoch-{epoch}.{self.shards.rank}-of-{self.shards.world}.pt"
 
-    def conclude(self, plan: dict, result: dict) -> None:
-        """Writes the plan, with the names of the blocks' files, and the result last."""
-        if not self.is_main:
-            return
-        files = list(self.state["files"].values())
-        plan = plan | ({"changed": files} if files else {}) | {"arguments": self.state["arguments"]}
-        write_json(self.folder / PLAN, plan)
-        for path in self.folder.glob(f"{BLOCKS}/*"):  # epochs of the joint training, several times the model's size
-            if f"{BLOCKS}/{path.name}" not in files:
-                path.unlink()
-        write_json(self.folder / RESULT, result)
-        (self.folder / PROGRESS).unlink(missing_ok=True)
+    def conclude(self, plan: dict, result: dict) -> dict:
+        """Writes the plan, with the names of the blocks' files, and last the result, which it gives."""
+        plan, result = plan | {"arguments": self.state["arguments"]}, result | {"seconds": self.seconds}
+        plan["changed"] = files = list(self.state["files"].values())
+        if self.is_main:
+            write_json(self.folder / PLAN, plan)
+            for path in self.folder.glob(f"{BLOCKS}/*"):  # epochs of the joint training, several times the model's size
+                if f"{BLOCKS}/{path.name}" not in files:
+                    path.unlink()
+            write_json(self.folder / RESULT, result)
+            (self.folder / PROGRESS).unlink(missing_ok=True)
+        return result
 
 
 def _read(path: Path) -> dict | None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd.checkpoint import block_parameters
 from spd.comm import Stream
 from spd.errors import SPDError
 from spd.evaluate import TOKENS_AT_ONCE, Progress, silent
@@ -68,6 +69,19 @@ def through(
         stream, context = stream_at(model, activations, rows)
         out[rows] = model.run_block(block, stream, policies, context).x.to(out)
     return out
+
+
+def snapshot(model: Transformer, blocks: list[int]) -> dict[str, Tensor]:
+    """Copies of all parameters of some blocks (the hosted parts), by name."""
+    return {name: p.detach().clone() for i in blocks for name, p in block_parameters(model, i).items()}
+
+
+@torch.no_grad()
+def put_back(model: Transformer, values: dict[str, Tensor]) -> None:
+    """Gives the parameters of a `snapshot` the values they had then."""
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 @dataclass(frozen=True)
@@ -169,30 +183,33 @@ def train(
     `after_epoch` is given the epochs done and a state, with which a later call goes on. Raises `Diverged` where the
     loss is not finite; the blocks are then what they were at that step.
     """
-    learner, order = Learner(objective.model, objective.blocks, schedule), torch.Generator().manual_seed(seed)
+    model, blocks, windows = objective.model, objective.blocks, objective.trained
+    learner, order = Learner(model, blocks, schedule), torch.Generator().manual_seed(seed)
     if state is None:
-        state = {"epoch": 0, "curves": {"loss": [], "held_out": []}}
-        state |= {"best": objective.held_out(), "best_values": learner.values()}
+        best = {"best": objective.held_out(), "best_values": snapshot(model, blocks)}
+        state = {"epoch": 0, "curves": {"loss": [], "held_out": []}} | best
     else:
-        learner.restore(state)
-        order.set_state(state["generator"])
-        state = {name: state[name] for name in ("epoch", "curves", "best", "best_values")}
-    curves, steps_done = state["curves"], state["epoch"] * schedule.steps_an_epoch(objective.trained)
-    factors = islice(schedule.factors(objective.trained), steps_done, None)
+        put_back(model, state.pop("values"))
+        learner.optimizer.load_state_dict(state.pop("optimizer"))
+        learner.rates = state.pop("rates")
+        order.set_state(state.pop("generator"))
+    curves, steps_done = state["curves"], state["epoch"] * schedule.steps_an_epoch(windows)
+    factors = islice(schedule.factors(windows), steps_done, None)
     progress(steps_done)
     for epoch in range(state["epoch"], schedule.epochs):
         losses = []
-        for rows in torch.randperm(objective.trained, generator=order).split(schedule.batch):
+        for rows in torch.randperm(windows, generator=order).split(schedule.batch):
             losses.append(learner.step(objective.loss, rows, next(factors)))
             progress(1, loss=losses[-1])
         curves["loss"].append(sum(losses) / len(losses))
         curves["held_out"].append(objective.held_out())
         if schedule.keep_best and curves["held_out"][-1] < state["best"]:
-            state |= {"best": curves["held_out"][-1], "best_values": learner.values()}
+            state |= {"best": curves["held_out"][-1], "best_values": snapshot(model, blocks)}
         state["epoch"] = epoch + 1
-        after_epoch(epoch + 1, state | learner.state() | {"generator": order.get_state()})
+        reached = {"values": snapshot(model, blocks), "optimizer": learner.optimizer.state_dict()}
+        after_epoch(epoch + 1, state | reached | {"rates": learner.rates, "generator": order.get_state()})
     if schedule.keep_best:
-        learner.put(state["best_values"])
+        put_back(model, state["best_values"])
     return curves
 
 
@@ -200,11 +217,10 @@ class Learner:
     """The parameters of some blocks and the optimiser that moves them, alike on every process."""
 
     def __init__(self, model: Transformer, blocks: list[int], schedule: Schedule):
-        prefixes = tuple(f"blocks.{i}." for i in blocks)
-        chosen = [(n, p) for n, p in model.named_parameters() if n.startswith(prefixes)]
-        self.parameters = [p for _, p in chosen]
-        self.sharded = [p for n, p in chosen if model.is_sharded(n)]
-        self.replicated = [p for n, p in chosen if not model.is_sharded(n)]
+        chosen = {name: p for i in blocks for name, p in block_parameters(model, i).items()}
+        self.parameters = list(chosen.values())
+        self.sharded = [p for name, p in chosen.items() if model.is_sharded(name)]
+        self.replicated = [p for name, p in chosen.items() if not model.is_sharded(name)]
         self.shards, self.clip = model.shards, schedule.decay
         self.rates = [schedule.learning_rate * (self._scale(p) if schedule.relative else 1) for p in self.parameters]
         groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, self.rates, strict=True)]
@@ -247,20 +263,3 @@ class Learner:
             return torch.as_tensor(sum(p.grad.double().square().sum() for p in part if p.grad is not None))
 
         return math.sqrt(self.shards.all_reduce(squares(self.sharded), "norm") + squares(self.replicated))
-
-    def values(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def put(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
-
-    def state(self) -> dict:
-        """All that the next step depends on, but for the order of the windows."""
-        return {"values": self.values(), "optimizer": self.optimizer.state_dict(), "rates": self.rates}
-
-    def restore(self, state: dict) -> None:
-        self.put(state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rates = state["rates"]

@@ -174,9 +174,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, mo
     monkeypatch.undo()
     assert not (tmp_path / "parts" / "result.json").exists()
     redone = []
-    monkeypatch.setattr(
-        Repairs, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest))
-    )
+    monkeypatch.setattr(Repairs, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest)))
     resumed = repair(folder, tmp_path / "parts")
     stages = ["block 0", "block 2", "joint"]
     assert redone == stages[stages.index(stage) + 1 :]
