@@ -91,11 +91,10 @@ def export(
     what shards see without the sync.
     """
     from spd.plan import degree
-    from spd.pretrained import export as write
 
     with open_session(context) as session:
         session.options.tp = tp or degree(plan)
         loaded = session.load()
         session.plan(loaded)
-        result = write(loaded, model, out, session.runtime.is_main)
+        result = loaded.save_pretrained(out, session.runtime.is_main)
         session.publish(result, loaded.describe(), loaded.tp, plan=str(loaded.plan))
