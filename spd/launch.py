@@ -25,7 +25,6 @@ from spd.comm import Link, Shards
 from spd.errors import SPDError
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, ProcessGroup, SharedMemory
 
-
 TIMEOUT = timedelta(minutes=10)
 
 
