@@ -72,8 +72,11 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
     Queries, keys, values, gate and up are split by rows (Megatron's column-parallel layers), o and down by
     columns; the rest is whole on every shard. Where tp exceeds the key/value heads, neighbours share one.
     """
-    whole = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-             "head.weight": "lm_head.weight"}  # fmt: skip
+    whole = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    }
     if parameter in whole:
         return [Slice(whole[parameter])]
     _, i, module, *_, kind = parameter.split(".")
@@ -84,13 +87,15 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
     if module == "mlp_norm":
         return [Slice(prefix + "post_attention_layernorm.weight")]
     heads, neurons = config.num_heads // tp * size, config.intermediate_size // tp
-    kv_heads = max(1, config.num_kv_heads // tp) * size
+    kv_heads = config.kv_heads_per_shard(tp) * size
     kv_start = shard * config.num_kv_heads // tp * size
     q = (shard * heads, (shard + 1) * heads)
     kv = (kv_start, kv_start + kv_heads)
     mlp = (shard * neurons, (shard + 1) * neurons)
-    rows = {"qkv": [("self_attn.q_proj", *q), ("self_attn.k_proj", *kv), ("self_attn.v_proj", *kv)],
-            "gate_up": [("mlp.gate_proj", *mlp), ("mlp.up_proj", *mlp)]}  # fmt: skip
+    rows = {
+        "qkv": [("self_attn.q_proj", *q), ("self_attn.k_proj", *kv), ("self_attn.v_proj", *kv)],
+        "gate_up": [("mlp.gate_proj", *mlp), ("mlp.up_proj", *mlp)],
+    }
     columns = {"out": ("self_attn.o_proj", *q), "down": ("mlp.down_proj", *mlp)}
     if inner in rows:
         return [Slice(f"{prefix}{name}.{kind}", 0, a, b) for name, a, b in rows[inner]]
@@ -202,11 +207,7 @@ class SafetensorsFolder:
 
 @torch.no_grad()
 def load_weights(model: Transformer, weights: SafetensorsFolder) -> None:
-    """Fills the parameters of the hosted shards, converting to their dtype and device.
-
-    Raises:
-        SPDError: a tensor is missing, of the wrong shape or unreadable.
-    """
+    """Fills the parameters of the hosted shards, converting to their dtype and device."""
     weights.validate(model.config)
     shards = model.shards
     try:
@@ -255,6 +256,26 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(path.name + ".partial")
     write(partial)
     partial.replace(path)
+
+
+def dense_tensors(model: Transformer, config: ModelConfig, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The checkpoint's tensors, on the host, that some of the model's parameters make up together."""
+    shapes, tp, found = hf_shapes(config), model.shards.tp, {}
+    for name, parameter in parameters.items():
+        whole = model.shards.gather(parameter.data) if model.is_sharded(name) else parameter.data[None]
+        for shard, values in enumerate(whole.cpu()):
+            row = 0
+            for part in shard_slices(config, tp, shard, name):
+                target = found.setdefault(part.name, torch.empty(shapes[part.name], dtype=values.dtype))
+                if part.dim is None:
+                    target.copy_(values)
+                elif part.dim == 0:
+                    rows = part.stop - part.start
+                    target[part.start : part.stop] = values[row : row + rows]
+                    row += rows
+                else:
+                    target[:, part.start : part.stop] = values
+    return found
 
 
 def block_parameters(model: Transformer, block: int) -> dict[str, Tensor]:

@@ -171,7 +171,6 @@ def export(session: Session) -> None:
     what shards see without the sync.
     """
     from spd.plan import degree
-    from spd.pretrained import export as write
 
     o = session.options
     if o.plan is None or o.out is None:
@@ -179,7 +178,7 @@ def export(session: Session) -> None:
     o.tp = degree(o.plan) if o.tp == 1 else o.tp
     model = session.load()
     letters = session.take_plan(model)
-    result = write(model, o.model, o.out, session.runtime.is_main)
+    result = model.save_pretrained(o.out, session.runtime.is_main)
     session.publish(result, model.describe(), model.tp, plan=letters)
 
 

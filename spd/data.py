@@ -53,16 +53,13 @@ def read_windows(
 ) -> Windows:
     """The first `windows` (or all) windows of `seq_len` tokens after `skip`, the tail discarded.
 
-    The whole text is tokenised without special tokens; this is GPTQ's protocol but for its one leading BOS.
-
-    Args:
-        text: a file, `builtin` (spd-tiny's held-out text), `builtin-train`, or a name of `HUB_TEXTS`.
-        max_positions: the model's, which `seq_len` must not exceed.
-
-    Raises:
-        SPDError: an unreadable or empty text, one with too few windows, or an impossible `seq_len`.
+    The whole `text` (a file, `builtin`, which is spd-tiny's held-out text, `builtin-train`, or a name of `HUB_TEXTS`)
+    is tokenised without special tokens; this is GPTQ's protocol but for its one leading BOS.
     """
-    _check_length(seq_len, max_positions)
+    if seq_len < 2:
+        raise SPDError(f"A window of {seq_len} tokens has nothing to predict; at least 2 are needed.")
+    if max_positions is not None and seq_len > max_positions:
+        raise SPDError(f"Windows of {seq_len} tokens exceed the model's {max_positions} positions.")
     if (windows is not None and windows < 1) or skip < 0:
         raise SPDError(f"windows must be at least 1 and skip at least 0, and are {windows} and {skip}.")
     wanted = None if windows is None else (skip + windows) * seq_len
@@ -76,13 +73,6 @@ def read_windows(
     stop = count if windows is None else min(count, skip + windows)
     tokens = torch.tensor(ids[skip * seq_len : stop * seq_len]).view(-1, seq_len)
     return Windows(tokens, Path(text).name, skip, count if whole else None, note)
-
-
-def _check_length(seq_len: int, max_positions: int | None) -> None:
-    if seq_len < 2:
-        raise SPDError(f"A window of {seq_len} tokens has nothing to predict; at least 2 are needed.")
-    if max_positions is not None and seq_len > max_positions:
-        raise SPDError(f"Windows of {seq_len} tokens exceed the model's {max_positions} positions.")
 
 
 def _tokens(text: str, tokenizer, wanted: int | None) -> tuple[list[int], bool, str | None]:
@@ -109,7 +99,7 @@ def _enough(read: Callable[[int], str], tokenizer, wanted: int) -> list[int]:
 
 
 def read_hub_text(name: str) -> str:
-    """One of `HUB_TEXTS`, downloaded or from the data sets' cache. Raises SPDError where neither can be had."""
+    """One of `HUB_TEXTS`, downloaded or from the data sets' cache."""
     from datasets import load_dataset
 
     repository, configuration, split = HUB_TEXTS[name]
@@ -124,7 +114,7 @@ def read_hub_text(name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Raises SPDError unless `path` is a readable, non-empty UTF-8 text."""
+    """The content of a non-empty UTF-8 text."""
     try:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -9,8 +9,6 @@ from torch import Tensor
 from spd.errors import SPDError
 from spd.model import Transformer
 
-# ---------------------------------------------------------------- Prefill and single-token decode: greedy or
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -65,11 +63,7 @@ def generate(
 ) -> list[list[int]]:
     """Prompts and their continuations as token ids; a row ends with the model's end-of-sequence token.
 
-    Args:
-        stop: asked after each step whether a row's new tokens are enough; the rows end once none needs more.
-
-    Raises:
-        SPDError: an empty prompt, or more tokens than the model has positions.
+    `stop` is asked after each step whether a row's new tokens are enough; all rows end once none needs more.
     """
     if not prompts or not all(prompts):
         raise SPDError("A prompt without any token cannot be continued.")
@@ -111,9 +105,6 @@ def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
         if token in ends:
             return tokens[: i + 1]
     return tokens
-
-
-# ---------------------------------------------------------------- Text that a model writes itself, as further
 
 
 PROMPT = 8  # tokens of calibration text that each window goes on from

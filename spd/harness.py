@@ -1,6 +1,6 @@
 """A model of lm-evaluation-harness: log-likelihoods and generation by the engine, under any plan.
 
-The harness finds it as `spd` once `spd.evaluate` is imported. Every process that shares the model is the same worker,
+The harness finds it as `spd` once this module is imported. Every process that shares the model is the same worker,
 rank 0 of 1, with the same requests; where several copies of the model run, they share the batches out in here.
 """
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
@@ -24,9 +25,6 @@ from spd.generate import Sampling, generate, pad_left
 from spd.launch import Replicas, bar, runtime
 from spd.model import KVCache, Transformer
 from spd.pretrained import SPDModel
-
-# ---------------------------------------------------------------- How probable continuations are after their
-
 
 Tokens = tuple[int, ...]
 Score = tuple[float, bool]  # log-probability in nats, and whether greedy decoding would have given the same
@@ -100,45 +98,31 @@ def grade(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return -losses.view_as(targets).double().sum(-1), greedy.all(-1)
 
 
-# ---------------------------------------------------------------- A model of lm-evaluation-harness: log-likel
-
-
 BATCH = 16  # contexts in a forward pass, and continuations in the passes after it
 NEW_TOKENS = 256  # where a task does not say how many; the harness's own
 
 
+@register_model("spd")
 class SpdLM(TemplateLM):
     """`spd` among the models of lm-evaluation-harness; the arguments are its `--model_args`."""
 
     def __init__(
         self,
         pretrained: str | Path | SPDModel,
-        tp: int = 1,
-        plan: str | Path | None = None,
         batch_size: int | str = BATCH,
-        device: str = "cpu",
-        dtype: str = "float32",
-        max_batch_size: int | None = None,
         replicas: Replicas | None = None,
         is_main: bool = True,
+        **reading,
     ):
-        """
-        Args:
-            pretrained: a loaded model, taken as it is, or what `SPDModel.from_pretrained` reads.
-            tp, plan, device, dtype: of the model to read: degree, plan file or folder, place, precision.
-            batch_size: contexts in a forward pass.
-            max_batch_size: goes with `auto`; without effect.
-            replicas: the copies of a loaded model that run at once.
-            is_main: whether this process shows progress.
+        """`pretrained` is a loaded model, of which `replicas` may run at once, or what `read` is to read.
 
-        Raises:
-            SPDError: as the model's, or a batch size that is not a number.
+        `batch_size` contexts go into a forward pass; only the main process shows progress.
         """
         super().__init__()
         self.batch_size = _batch_size(batch_size)
         self.replicas, self.is_main = replicas or Replicas(), is_main
         if not isinstance(pretrained, SPDModel):
-            pretrained, self.is_main = _read(pretrained, tp, plan, str(device), dtype)
+            pretrained, self.is_main = read(pretrained, **reading)
         self.model, self.tokenizer = pretrained, pretrained.tokenizer
         self.max_length = pretrained.config.max_positions
         self.truncated = 0  # requests so far whose context was cut from the left
@@ -175,11 +159,11 @@ class SpdLM(TemplateLM):
 
     def _share(self, batches: list[list], work: Callable[[list], dict]) -> dict:
         """What `work` says of each batch, all in one; the batches are divided over the copies of the model."""
-        with bar(-(-len(batches) // self.replicas.count), "batches", self.is_main) as done:
+        with bar(-(-len(batches) // self.replicas.count), "batches", self.is_main) as progress:
 
             def one(batch: list) -> dict:
                 found = work(batch)
-                done(1)
+                progress(1)
                 return found
 
             return {key: value for found in self.replicas.share(batches, one) for key, value in found.items()}
@@ -273,11 +257,21 @@ def _batch_size(given: int | str) -> int:
     return int(given)
 
 
-def _read(name: str | Path, tp: int, plan: str | Path | None, device: str, dtype: str) -> tuple[SPDModel, bool]:
-    """The model, on the processes that a launcher started if it did, and whether this one is_main."""
+def read(
+    name: str | Path,
+    tp: int = 1,
+    plan: str | Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    max_batch_size: int | None = None,
+) -> tuple[SPDModel, bool]:
+    """The model, on the processes that a launcher started if it did, and whether this one is the main one.
+
+    The harness always gives `max_batch_size`, which goes with batches of its own choice: not with these.
+    """
     stack = ExitStack()
     atexit.register(stack.close)  # the harness never says when it is done with a model
-    here = stack.enter_context(runtime(device.partition(":")[0]))
+    here = stack.enter_context(runtime(str(device).partition(":")[0]))
     model = SPDModel.from_pretrained(name, shards=here.shards(tp), dtype=dtype, device=here.device)
     if plan is not None:
         model.load_plan(Path(plan))

@@ -105,6 +105,11 @@ def nccl_settings() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """That of a process to start: this one's, where it does not say something of `changes` itself."""
+    return changes | os.environ
+
+
 def tracking_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 

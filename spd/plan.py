@@ -162,6 +162,7 @@ def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -
         )
     if made_for.fingerprint != fingerprint:
         raise SPDError(
-            f"The plan at {path} was made for {made_for.name} ({made_for.fingerprint}), and this model is {fingerprint}."
+            f"The plan at {path} was made for {made_for.name} ({made_for.fingerprint}), "
+            f"and this model is {fingerprint}."
         )
     return found.model_dump(exclude_unset=True)

@@ -1,12 +1,4 @@
-"""The library's front door: a checkpoint, its tokenizer and a plan as one object.
-
-A model in its present state as a Hugging Face folder, so that repaired weights travel without their base.
-
-The folder is a plain dense LLaMA: each shard's rows and columns at their places, which is what tensor parallelism
-splits again in the same way. Read with the plan and tp it was made for, it computes what base and repair computed.
-Run densely (or with every sync) it computes something else, and worse than the original: repaired projections were
-fitted to the partial inputs that shards see without the sync.
-"""
+"""The library's front door: a checkpoint, its tokenizer and a plan as one object."""
 
 import json
 import logging
@@ -18,21 +10,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spd.checkpoint import (
     INDEX,
     SafetensorsFolder,
     block_parameters,
+    dense_tensors,
     fill_randomly,
-    hf_shapes,
     load_changed,
     load_weights,
-    shard_slices,
 )
 from spd.comm import Shards
-from spd.config import ModelConfig
+from spd.config import DTYPES, ModelConfig
 from spd.errors import SPDError
 from spd.generate import Sampling, generate
 from spd.model import Transformer
@@ -40,19 +30,11 @@ from spd.plan import Plan, plan_file, read_plan_document
 from spd.records import write_json
 from spd.tiny import MODEL_DIR
 
-# ---------------------------------------------------------------- The library's front door: a checkpoint, its
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of a path, of `spd-tiny`, or of a hub id (downloaded or found in the cache).
-
-    Raises:
-        SPDError: neither a folder nor a reachable, permitted hub repository.
-    """
+    """The local folder of a path, of `spd-tiny`, or of a hub id (downloaded or found in the cache)."""
     if Path(model).is_dir():
         return Path(model)
     if str(model) == "spd-tiny":
@@ -105,11 +87,7 @@ class SPDModel:
     ) -> "SPDModel":
         """Reads the hosted shards of a LLaMA checkpoint (folder, `spd-tiny` or hub id).
 
-        `shards` says which of the `tp` shards this process hosts; left out, all of them.
-
-        Raises:
-            SPDError: no such model, not a LLaMA, damaged weights, or a tp that the shape does not allow.
-        """
+        `shards` says which of the `tp` shards this process hosts; left out, all of them."""
         folder = resolve(model)
         config = ModelConfig.from_folder(folder)
         shards = shards or Shards(tp)
@@ -157,19 +135,11 @@ class SPDModel:
         self.transformer.plan = plan
 
     def load_plan(self, path: Path) -> None:
-        """Takes the plan at `path`; with a folder that `distill` made, also the weights repaired for it.
-
-        Raises:
-            SPDError: not a plan, made for another model or tp, or its weights are missing or damaged.
-        """
+        """Takes the plan at `path`; with a folder that `distill` made, also the weights repaired for it."""
         self.plan = self.load_repaired(path)
 
     def load_repaired(self, path: Path, blocks: Container[int] | None = None) -> Plan:
-        """Takes the weights repaired for the plan at `path`, of all blocks or of some, and gives that plan.
-
-        Raises:
-            SPDError: as `load_plan` does.
-        """
+        """Takes the weights repaired for the plan at `path`, of all blocks or of some, and gives that plan."""
         document = read_plan_document(path, self.fingerprint, self.tp, self.config.num_blocks)
         changed = document.get("changed", [])
         for name in [changed] if isinstance(changed, str) else changed:  # one file a block, or all in one of old
@@ -183,6 +153,35 @@ class SPDModel:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         return generate(self.transformer, ids, max_new_tokens, sampling or Sampling())
+
+    def save_pretrained(self, folder: Path, is_main: bool = True) -> dict:
+        """Writes model, tokenizer and plan to a new folder, block by block; gives `files`, `plan`, `exported`.
+
+        The folder is a plain dense LLaMA: each shard's rows and columns at their places, which is what tensor
+        parallelism splits again in the same way. Read with the plan and tp it was made for, it computes what base and
+        repair computed. Run densely it is another function than the original, and a worse one: repaired projections
+        were fitted to the partial inputs that shards see without the sync.
+        """
+        if is_main and folder.exists() and any(folder.iterdir()):
+            raise SPDError(f"{folder} is not empty; a model is exported to a new folder.")
+        config = exported_config(self.transformer)
+        partial = folder.with_name(folder.name + ".partial")
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _copy_descriptions(self.folder, partial, config, self.transformer.embedding.weight.dtype)
+        _write_weights(self.transformer, config, partial, is_main)
+        if not is_main:
+            return {}
+        fingerprint = SafetensorsFolder(partial).fingerprint(ModelConfig.from_folder(partial))
+        described = describe(config, folder.name, fingerprint)
+        plan = {"policies": self.plan.policies(), "plan": str(self.plan), "model": described, "tp": self.tp}
+        write_json(partial / "plan.json", plan)
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+        files = sorted(str(path) for path in folder.iterdir())
+        return {"files": files, "plan": plan["plan"], "exported": described}
 
     def describe(self) -> dict:
         return describe(self.config, self.name, self.fingerprint, self.folder)
@@ -211,9 +210,6 @@ def display_name(model: str | Path) -> str:
     return name_of(mark) if mark else Path(model).resolve().name
 
 
-# ---------------------------------------------------------------- A model in its present state as a Hugging F
-
-
 COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")
 
 
@@ -240,57 +236,6 @@ def _copies_agree(model: Transformer, block: int) -> bool:
         if not (keys_values == keys_values[:, :1]).all():
             return False
     return True
-
-
-def dense_tensors(model: Transformer, config: ModelConfig, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors, on the host, that some of the model's parameters make up together."""
-    shapes, tp, found = hf_shapes(config), model.shards.tp, {}
-    for name, parameter in parameters.items():
-        whole = model.shards.gather(parameter.data) if model.is_sharded(name) else parameter.data[None]
-        for shard, values in enumerate(whole.cpu()):
-            row = 0
-            for part in shard_slices(config, tp, shard, name):
-                target = found.setdefault(part.name, torch.empty(shapes[part.name], dtype=values.dtype))
-                if part.dim is None:
-                    target.copy_(values)
-                elif part.dim == 0:
-                    rows = part.stop - part.start
-                    target[part.start : part.stop] = values[row : row + rows]
-                    row += rows
-                else:
-                    target[:, part.start : part.stop] = values
-    return found
-
-
-def export(model: SPDModel, source: str | Path, folder: Path, is_main: bool = True) -> dict:
-    """Writes the model, its tokenizer and its plan to a new folder, block by block; the rest of `source` is copied.
-
-    Returns:
-        `files`, `model` (name and fingerprint of the exported one), `plan` (letters) and `tp`.
-
-    Raises:
-        SPDError: a folder that holds something already.
-    """
-    if is_main and folder.exists() and any(folder.iterdir()):
-        raise SPDError(f"{folder} is not empty; a model is exported to a new folder.")
-    transformer = model.transformer
-    config = exported_config(transformer)
-    partial = folder.with_name(folder.name + ".partial")
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _copy_descriptions(resolve(source), partial, config, transformer.embedding.weight.dtype)
-    _write_weights(transformer, config, partial, is_main)
-    if not is_main:
-        return {}
-    described = describe(config, folder.name, SafetensorsFolder(partial).fingerprint(ModelConfig.from_folder(partial)))
-    plan = {"policies": model.plan.policies(), "plan": str(model.plan), "model": described, "tp": model.tp}
-    write_json(partial / "plan.json", plan)
-    if folder.exists():
-        folder.rmdir()
-    partial.replace(folder)
-    files = sorted(str(path) for path in folder.iterdir())
-    return {"files": files, "plan": plan["plan"], "exported": described}
 
 
 def _copy_descriptions(source: Path, target: Path, config: ModelConfig, dtype: torch.dtype) -> None:

@@ -134,7 +134,8 @@ class Session:
             from spd.tasks import Accuracy, load_tasks
         except ImportError as error:
             raise SPDError(f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}).") from error
-        return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, o.batch_size, self.replicas, self.runtime.is_main)
+        options = {"batch_size": o.batch_size, "replicas": self.replicas, "is_main": self.runtime.is_main}
+        return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, **options)
 
     def plan_document(self, model) -> dict:
         """The content of `--plan` (policies, perhaps classes), or the policies of `--drop` and `--drop-mlp`."""

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -14,20 +13,17 @@ from statistics import fmean
 
 import datasets
 import lm_eval.tasks
+from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
 from scipy.stats import binomtest
 
-from spd.errors import SPDError
-from spd.harness import BATCH, SpdLM
-from spd.launch import Replicas
+from spd.errors import SPDError, one_of
+from spd.harness import SpdLM
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.tiny import tasks as tiny
-
-# ---------------------------------------------------------------- The paper's tasks as lm-evaluation-harness
-
 
 HARNESS = Path(lm_eval.tasks.__file__).parent
 PAPER = {  # the seven whose mean the paper plots -> the harness's own definition
@@ -77,15 +73,11 @@ def load_tasks(spec: str, folder: Path | None = None) -> list[Task]:
     """The tasks named in a list like `piqa,mmlu`, with rows from `folder/NAME.jsonl` or, without a folder, the hub.
 
     `folder/NAME_test.jsonl` and `NAME_validation.jsonl` serve as well; the file's name is the task's `source`.
-
-    Raises:
-        SPDError: a task that is not known, or rows that are missing, damaged or of another form.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
     names = list(dict.fromkeys(name.strip() for name in spec.split(",")))
     for name in names:
-        if name not in KNOWN:
-            raise SPDError(f"Unknown task '{name}'; known: {', '.join(KNOWN)}.")
+        one_of("task", name, KNOWN)
     return [_load(name, folder) for name in names]
 
 
@@ -164,30 +156,21 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines. Raises SPDError with the number of the line that is none."""
+    """The objects of a file of JSON lines; of one that is none, the mistake tells the number of the line."""
+    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise SPDError(f"Line {number} of {path} is not a JSON object.")
+    except json.JSONDecodeError:
+        raise SPDError(f"Line {number} of {path} is not a JSON object.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SPDError(f"The rows {path} cannot be read ({type(error).__name__}).") from error
-    rows = list(_parsed(lines, path))
     if not rows:
         raise SPDError(f"{path} has no rows.")
     return rows
-
-
-def _parsed(lines: list[str], path: Path) -> Iterator[dict]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise SPDError(f"Line {number} of {path} is not a JSON object.")
-            yield row
-
-
-# ---------------------------------------------------------------- Accuracy on tasks: with its standard error
 
 
 METRICS = ("acc", "acc_norm")
@@ -197,17 +180,9 @@ Answers = dict[str, dict[str, list[float]]]  # part of a task -> metric -> wheth
 class Accuracy:
     """What a model scores on some tasks; called with a model, it gives `tasks`, `average` and `truncated`."""
 
-    def __init__(
-        self,
-        tasks: list[Task],
-        limit: int | None = None,
-        batch_size: int = BATCH,
-        replicas: Replicas | None = None,
-        is_main: bool = True,
-    ):
-        """`limit`: only the first questions of each task (of each subject, for mmlu); the rest as `SpdLM`'s."""
-        self.tasks, self.limit = tasks, limit
-        self._options = {"batch_size": batch_size, "replicas": replicas, "is_main": is_main}
+    def __init__(self, tasks: list[Task], limit: int | None = None, **harness):
+        """`limit`: only the first questions of each task (of each subject, for mmlu); the rest is for `SpdLM`."""
+        self.tasks, self.limit, self._harness = tasks, limit, harness
         self._full: tuple[Answers, int] | None = None
 
     def compare_with(self, model: SPDModel) -> None:
@@ -226,7 +201,7 @@ class Accuracy:
 
     def _answers(self, model: SPDModel) -> tuple[Answers, int]:
         """Which questions the model gets right, and how many contexts were too long for it."""
-        lm = SpdLM(model, **self._options)
+        lm = SpdLM(model, **self._harness)
         parts = {name: part for task in self.tasks for name, part in task.parts.items()}
         with redirect_stderr(sys.stderr if lm.is_main else io.StringIO()):  # the harness's own bars
             found = evaluate(lm, {"tasks": parts}, limit=self.limit, bootstrap_iters=0)
@@ -261,8 +236,7 @@ def _pooled(task: Task, answers: Answers, metric: str) -> list[float]:
 
 def stderr(values: list[float]) -> float:
     """Standard error of a mean."""
-    mean, n = fmean(values), len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+    return float(mean_stderr(values)) if len(values) > 1 else 0.0
 
 
 def compare(full: list[float], other: list[float]) -> dict:

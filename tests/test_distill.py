@@ -17,7 +17,7 @@ from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
-from spd.pretrained import SPDModel, export
+from spd.pretrained import SPDModel
 from spd.repairs import Repairs
 from spd.sweep import Repairer, curve, sweep_recipes
 from spd.training import Diverged, Schedule
@@ -315,7 +315,7 @@ def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_v
     repair(folder, tmp_path / "repair", options, tp=tp)
     model = SPDModel.from_pretrained(folder, tp)
     model.load_plan(tmp_path / "repair")
-    result = export(model, folder, tmp_path / "exported")
+    result = model.save_pretrained(tmp_path / "exported")
     expected = perplexity(model.transformer, TOKENS)["perplexity"]
     assert perplexity_with(tmp_path / "exported", tmp_path / "exported", tp=tp) == pytest.approx(expected, rel=1e-5)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
@@ -325,7 +325,7 @@ def test_exported_folder_is_base_and_repair_together(folder, tmp_path, tp, key_v
     with torch.no_grad():
         torch.testing.assert_close(hf(TOKENS).logits, model.transformer(TOKENS), rtol=1e-4, atol=1e-4)
     with pytest.raises(SPDError, match="not empty"):
-        export(model, folder, tmp_path / "exported")
+        model.save_pretrained(tmp_path / "exported")
     assert result["plan"] == LETTERS
 
 

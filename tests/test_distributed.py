@@ -90,7 +90,7 @@ def answered(runtime: Runtime, folder: str, rows: str) -> dict:
         replicas = runtime.replicas(copies)
         model = SPDModel.from_pretrained(folder, shards=runtime.shards(4, replicas=replicas))
         model.plan = Plan.from_letters("DF FF DF")
-        found[name] = Accuracy(tasks, None, 2, replicas, runtime.is_main)(model)
+        found[name] = Accuracy(tasks, batch_size=2, replicas=replicas, is_main=runtime.is_main)(model)
     return found
 
 
