@@ -105,9 +105,10 @@ def nccl_settings() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """That of a process to start: this one's, where it does not say something of `changes` itself."""
-    return changes | os.environ
+def environment(**defaults: str) -> dict[str, str]:
+    """That of a process to start: this one's, with `defaults` where it says nothing, and with this very package."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    return defaults | os.environ | {"PYTHONPATH": path}
 
 
 def tracking_uri() -> str | None:

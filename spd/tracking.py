@@ -5,12 +5,13 @@ blocks), so that curves of strategies, models and machines overlay in one chart;
 """
 
 import argparse
+import fcntl
 import math
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from spd.launch import environment, say
 from spd.records import load_records
 
 DEFAULT_URI, EXPERIMENT = "sqlite:///mlflow.db", "spd"
-REACHED_WITHIN, DONE_WITHIN = 5, 120  # seconds
+REACHED_WITHIN, DONE_WITHIN = 3, 120  # seconds
 PARAMS = ("dtype", "device", "seed", "seq_len", "windows", "skip", "recipe", "strategy", "percentages", "calibration",
           "epochs", "learning_rate", "tasks", "limit", "shape", "batch", "prompt_len", "new_tokens", "link")  # fmt: skip
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -50,8 +51,8 @@ def mirror(record: Path, files: Iterable[Path] = (), uri: str | None = None) -> 
             raise OSError((done.stderr.strip().splitlines() or ["it gave no reason"])[-1])
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         where = uri.replace(f"{server.username}:{server.password}@", "") if server.password else uri
-        reason = str(error).replace(server.password, "***") if server.password else str(error)
-        say(f"warning: the run is not in MLflow at {where} ({' '.join(reason.split())[:200]}); its record is {record}.")
+        reason = " ".join(str(error).replace(server.password or "\n", "***").split())[-200:]  # the cause comes last
+        say(f"warning: the run is not in MLflow at {where} ({reason}); its record is {record}.")
 
 
 # ---------------------------------------------------------------- what is shown of a record
@@ -177,16 +178,28 @@ class Store:
     def parent(self, reproduction: str, start: int) -> str:
         """The run of a reproduction; of two that were made at once the older one."""
         if reproduction not in self.parents:
-            condition = f"tags.reproduction = '{reproduction}' and tags.command = 'reproduction'"
+            name = reproduction.replace("'", "_")  # a condition has no way to quote it
+            condition = f"tags.reproduction = '{name}' and tags.command = 'reproduction'"
             if not self.runs(condition):
-                mark = {"reproduction": reproduction, "command": "reproduction"}
-                run = self.client.create_run(self.experiment, start, mark, reproduction).info.run_id
+                mark = {"reproduction": name, "command": "reproduction"}
+                run = self.client.create_run(self.experiment, start, mark, name).info.run_id
                 self.client.set_terminated(run)
                 if (oldest := self.runs(condition)[0].info.run_id) != run:
                     self.client.delete_run(run)
                 self.parents[reproduction] = oldest
             self.parents.setdefault(reproduction, self.runs(condition)[0].info.run_id)
         return self.parents[reproduction]
+
+
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Waits for other processes that write to the same file: two that create a store at once would fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    with open(uri.removeprefix("sqlite:///") + ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def main() -> None:
@@ -199,13 +212,15 @@ def main() -> None:
     try:
         paths = [f for p in given.records for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
         found = {record["id"]: (record, path) for path in paths for record in load_records([path])}
-        store = Store(given.uri)
-        there = {run.data.tags.get("record") for run in store.runs()}
-        missing = sorted(found.keys() - there)
-        for number, (record, path) in enumerate((found[name] for name in missing), start=1):
-            store.add(record, path, given.files)
-            if len(missing) > 1:
-                print(f"\r{number} of {len(missing)} records brought in", end="", file=sys.stderr, flush=True)
+        with alone(given.uri):
+            store = Store(given.uri)
+            there = {run.data.tags.get("record") for run in store.runs()}
+            missing = sorted(found.keys() - there)
+            for number, (record, path) in enumerate((found[name] for name in missing), start=1):
+                store.add(record, path, given.files)
+                if len(missing) > 1:
+                    end = "\n" if number == len(missing) else "\r"
+                    print(f"{number} of {len(missing)} records brought in", end=end, file=sys.stderr, flush=True)
     except SPDError as error:
         sys.exit(str(error))
     except Exception as error:  # MLflow's, SQLAlchemy's, the network's

@@ -371,15 +371,6 @@ def test_distill_refuses_in_words(spd, common, tmp_path, options, message):
     assert not (tmp_path / "x" / "result.json").exists()
 
 
-def test_curves_of_a_repair_become_metrics():
-    from spd.tracking import metrics
-
-    result = {"blocks": [{"index": 2, "class": "SB", "loss_before": 0.5, "loss_after": 0.25}],
-              "curves": {"block_2": {"loss": [0.5, 0.375]}}}  # fmt: skip
-    assert ("blocks/loss_after", 0.25, 2) in metrics(result)
-    assert ("curves/block_2/loss", 0.375, 1) in metrics(result)
-
-
 def test_sweep_of_strategies(spd, common):
     """One curve a way of repairing; nothing dropped is the same for all, and repairs are kept for another run."""
     measured(spd, common)

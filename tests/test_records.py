@@ -1,0 +1,98 @@
+"""Records: self-describing, written whole or not at all."""
+
+import json
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from spd.errors import SPDError
+from spd.records import make_record, write_json, write_record
+
+STARTED = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
+MODEL = {"name": "some/where/synthetic-2", "fingerprint": "f00d", "blocks": 2}
+
+
+def _point(blocks: int, perplexity: float, strategy: str = "zs") -> dict:
+    plan = " ".join(["DF"] * blocks + ["FF"] * (2 - blocks))
+    point = {"blocks": blocks, "percent": 50.0 * blocks, "perplexity": perplexity, "nats": 1.0, "plan": plan}
+    return {**point, "strategy": strategy}
+
+
+SWEEP = {"curve": [_point(0, 4.0), _point(1, 5.0), _point(2, 9.0), _point(2, 6.0, "b2b+hg")], "tokens": 70}
+SENSITIVITY = {"perplexity_from": [9.0, 5.0, 4.0], "sensitivity": [4.0, 1.0], "sensitivity_nats": [0.5, 0.25]}
+
+
+def _record(command: str = "sweep", result: dict = SWEEP, **more) -> dict:
+    config = {"seed": 0, "text": Path("t.txt"), "note": "x" * 9000, "list": [1, 2], "off": None}
+    more = {"model": MODEL, "tp": 8, "data": {"text": "t.txt", "seq_len": 8}, "seconds": 1.5, **more}
+    return make_record(command, config, result, started=STARTED, argv=["spd", command], **more)
+
+
+# ---------------------------------------------------------------- records and files
+
+
+def test_a_record_is_whole_strict_json_that_describes_itself(tmp_path):
+    record = _record()
+    path = write_record(record, tmp_path / "runs")
+    assert path.name.startswith("20200102T030405-sweep-") and path.stem == record["id"]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+    assert record["started"] == "2020-01-02T03:04:05.000000+00:00" and record["config"]["text"] == "t.txt"
+    assert record["hardware"]["cores"] >= 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file left
+
+
+def test_two_records_of_one_second_have_different_names():
+    assert _record()["id"] != _record()["id"]
+
+
+def test_seconds_are_counted_when_left_out():
+    record = make_record("eval", {}, {}, started=datetime.now(UTC))
+    assert 0 <= record["seconds"] < 60 and record["model"] is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_json_cannot_hold_is_named(tmp_path, bad):
+    with pytest.raises(SPDError, match=r"curve\[1\]\.perplexity .*not a finite number"):
+        write_json(tmp_path / "out.json", {"curve": [{"perplexity": 1.0}, {"perplexity": bad}]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_something_without_a_json_form_is_refused(tmp_path):
+    with pytest.raises(SPDError, match="not JSON serializable"):
+        write_json(tmp_path / "out.json", {"x": object()})
+
+
+def test_an_unwritable_place_is_one_sentence_with_path_and_reason(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(SPDError, match=r"Cannot write .*file/out.json: (Not a directory|File exists)\.$"):
+        write_json(tmp_path / "file" / "out.json", {})
+    with pytest.raises(SPDError, match=r"Cannot write .*: Is a directory"):
+        write_json(tmp_path, {})
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    write_json(tmp_path / "out.json", {"old": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SPDError, match=r"Cannot write .*out.json: No space left on device\.$"):
+        write_json(tmp_path / "out.json", {"new": 2})
+    assert json.loads((tmp_path / "out.json").read_text()) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_link_is_followed_and_a_device_is_not_replaced(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_json(tmp_path / "pipe", {"a": 1})
+    reader.join(5)
+    assert json.loads(got[0]) == {"a": 1} and (tmp_path / "pipe").is_fifo()
