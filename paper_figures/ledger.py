@@ -30,7 +30,7 @@ NEEDS = "needs hardware or gated weights"
 PREDICT = "make predict"
 TITLE = """# The paper's claims and this repository
 
-Made by `make ledger` from the records named under each table; nothing is typed in but the paper's side, which stands in
+Made by `make ledger` from the records named under each table; nothing is typed in but the paper's side, which is in
 `paper_figures/paper.json`: Kim et al., *SPD: Sync-Point Drop for Efficient Tensor Parallelism of Large Language Models*,
 ICML 2025.
 
