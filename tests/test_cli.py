@@ -112,7 +112,7 @@ def test_bench_starts_its_processes_and_report_draws(spd, common, plain, tmp_pat
     code, report, err = spd("report", "runs", "--out", "figures")
     assert code == 0, err
     names = {Path(file).name for file in report["files"]}
-    assert {"overview.png", "overview.svg", "sensitivity.png", "perplexity.png", "ttft.png", "tables.md"} <= names
+    assert {"overview.png", "sensitivity.png", "perplexity.png", "ttft.png", "tables.md"} <= names
     assert all(Path(file).stat().st_size for file in report["files"])
 
 

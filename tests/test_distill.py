@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import SHARED, VARIANTS, random_model, with_tokenizer
 from safetensors.torch import load_file
-from spd import repairs as repaired
 from transformers import AutoModelForCausalLM
 
+from spd import repairs as repaired
 from spd.distill import DEFAULTS, Options, distill, split, total_steps
 from spd.errors import SPDError
 from spd.evaluate import perplexity

@@ -3,11 +3,10 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from ledger import MEASURES, NEEDS, ledger, write_ledger
 from reference import reference
 
 from spd.records import load_records, make_record, write_record
-from spd.report.ledger import NEEDS, ledger, write_ledger
-from spd.report.measures import MEASURES
 
 HARDWARE = {"cpu": "Synthetic CPU", "cores": 3, "memory_gib": 1.0, "gpus": []}
 
@@ -30,7 +29,7 @@ def put(tmp_path):
 
 def _row(tmp_path, words: str) -> dict:
     tables = ledger(load_records([tmp_path / "runs"]))
-    return next(row for table in tables for row in table.rows if words in row["claim"])
+    return next(row for table in tables for row in table.frame.to_dict("records") if words in row["claim"])
 
 
 def _sensitivity(values: list[float]) -> dict:
@@ -45,7 +44,7 @@ def _sweep(**at_100: tuple[float, float]) -> dict:
 
 
 def test_every_claim_has_a_row_and_without_records_nothing_is_claimed():
-    rows = [row for table in ledger([]) for row in table.rows]
+    rows = [row for table in ledger([]) for row in table.frame.to_dict("records")]
     assert len(rows) == len(reference()["claims"]) + len(reference()["accuracy_claims"])
     assert {row["status"] for row in rows} == {NEEDS, "OPT is not supported"}
     assert not any(row["ours"] for row in rows)

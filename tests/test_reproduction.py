@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from budget import Budget, Job, reckoned, repair, table
+from draw_ablation import tables
 from preflight import Needs, missing
 from shape_only import write_shape_only
 
 from spd.config import SHAPES
 from spd.distill import Options
 from spd.experiment import read_experiment
-from spd.report import load_records, tables
-from spd.report.tables import embed
+from spd.records import load_records
+from spd.report import embed
 
 ROOT = Path(__file__).parent.parent
 MAKE = shutil.which("make")

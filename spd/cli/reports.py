@@ -27,18 +27,3 @@ def report(
         result = draw(records_, out, page)
         print_tables(records_)
         session.publish(result, artifacts=[Path(file) for file in result["files"]])
-
-
-@app.command()
-def ledger(
-    context: typer.Context,
-    records_: Annotated[list[Path], typer.Argument(help="Record files, or folders of them.", metavar="RECORDS...")],
-    out: Annotated[Path, typer.Option(help="Markdown file.")] = Path("REPRODUCTION.md"),
-    records: Records = RUNS, reproduction: Reproduction = None, mlflow: MLflow = False,
-) -> None:  # fmt: skip
-    """Every claim of the paper beside what the records say of it, one row a claim, as Markdown."""
-    from spd.report.ledger import write_ledger
-
-    with open_session(context) as session:
-        result = write_ledger(records_, out)
-        session.publish(result, artifacts=[out])
