@@ -233,12 +233,14 @@ def overview_figure(records: Sequence[Record]) -> Figure:
     if newest(records, "sweep"):
         panels["sweep"] = perplexity_table(records), _perplexity_panel
     if newest(records, "bench"):
-        panels["bench"] = ttft_table(records), _ttft_panel
+        panels["bench"] = ttft_table(records), _overview_ttft
     with rc_context(STYLE | {"legend.fontsize": 7, "font.size": 8}):
-        figure = Figure(figsize=(3.6 * len(panels), 3.9), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
         for ax, (table, draw) in zip(figure.subplots(1, len(panels)), panels.values(), strict=True):
             draw(ax, table)
+            if ax.get_legend():
+                ax.get_legend().set_in_layout(False)  # else a wide legend takes the panels' room
     words = []
     for command, (table, _) in panels.items():
         record = table.records[0 if command == "sensitivity" else -1]
@@ -259,6 +261,12 @@ def overview_figure(records: Sequence[Record]) -> Figure:
 def _overview_sensitivity(ax: Axes, table: Table) -> None:
     _sensitivity_panel(ax, table.frame, "sensitivity", "perplexity points", {})
     _class_legend(ax, table.frame, short=True)
+
+
+def _overview_ttft(ax: Axes, table: Table) -> None:
+    _ttft_panel(ax, table)
+    ax.set_ylim(top=1.5 * ax.get_ylim()[1])
+    ax.legend(loc="upper left", ncols=2, fontsize=7)
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:

@@ -101,4 +101,4 @@ def test_it_is_written_with_the_count_of_each_status(put, tmp_path):
     put("table1", TABLE1, plan="DF FF FF FF")
     result = write_ledger([tmp_path / "runs"], tmp_path / "L.md")
     text = (tmp_path / "L.md").read_text()
-    assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind |" in text and "table1" in text
+    assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind " in text and "table1" in text
