@@ -154,7 +154,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
 def _perplexity_panel(ax: Axes, table: Table) -> None:
     frame = table.frame.assign(strategy=table.frame["strategy"].map(lambda name: STRATEGIES.get(name, name)))
     sns.lineplot(frame, x="percent", y="perplexity", hue="strategy", style="strategy", markers=True, dashes=False,
-                 ax=ax, palette="colorblind", clip_on=False, zorder=3)  # fmt: skip
+                 ax=ax, palette="colorblind", zorder=3)  # fmt: skip
     full = frame.loc[frame["blocks"] == 0, "perplexity"].iloc[0]
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
     if frame["perplexity"].max() > LOG_FROM * full:
@@ -215,7 +215,7 @@ def _ttft_panel(ax: Axes, table: Table) -> None:
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = number(table.records[0], "result", "bounds", name, "ttft_ms", "median")
         ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g} ms")
-    stride = math.ceil(len(frame) / 12)
+    stride = math.ceil(len(frame) / (12 if ax.figure.axes[-1] is ax and len(ax.figure.axes) == 1 else 5))
     labels = [
         f"{blocks}\n{percent:.3g} %" for blocks, percent in zip(frame["blocks_dropped"], frame["percent"], strict=True)
     ]
