@@ -18,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from reference import reference
 
 from spd.report import CLASS_COLOURS, CLASS_NAMES, PARTS
-from spd.tables import numbers, suffixed, timings
+from spd.tables import named, numbers, suffixed, timings
 
 BLUE, ORANGE, GREEN, *_ = COLOURS
 LANES, WIDTH, HEIGHT = (0.0, 3.4), 2.5, 0.8  # x of the devices drawn; size of a box
@@ -90,7 +90,7 @@ def transfer_figure(records: Sequence[Record]) -> Figure:
         ax.legend(loc="lower left")
     caption = (
         "Time of the all-reduces of one prefill against the share of blocks that drop their attention sync point, as"
-        f" measured: figure 2 of the paper in kind. {model_of(record)}, tp={record['tp']},"
+        f" measured: figure 2 of the paper in kind. {named(record)}, tp={record['tp']},"
         f" {number(record, 'result', 'prompt_len')} prompt tokens, emulated link"
         f" {record['result'].get('link') or 'none'}; {machine(record)}."
     )

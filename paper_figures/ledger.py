@@ -31,8 +31,8 @@ PREDICT = "make predict"
 TITLE = """# The paper's claims and this repository
 
 Made by `make ledger` from the records named under each table; nothing is typed in but the paper's side, which is in
-`paper_figures/paper.json`: Kim et al., *SPD: Sync-Point Drop for Efficient Tensor Parallelism of Large Language Models*,
-ICML 2025.
+`paper_figures/paper.json`: Kim et al., *SPD: Sync-Point Drop for Efficient Tensor Parallelism of Large Language
+Models*, ICML 2025.
 
 **reproduced**, **differs**: measured on the paper's own model. **in kind**: the same effect looked for on models that
 are small enough for the machines named, with the criterion stated; it says that the code does what the paper describes,
