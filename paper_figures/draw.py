@@ -1,7 +1,7 @@
 """What the scripts of this folder share: their command line, colours, and words for captions.
 
-Each script draws from records: `python paper_figures/draw_NAME.py RECORDS... --out FOLDER` writes PNG figures, CSV tables
-and `tables.md`; in Python, `tables(records)` gives its tables and `figures(records)` its figures by name.
+Each script draws from records: `python paper_figures/draw_NAME.py RECORDS... --out FOLDER` writes PNG figures, CSV
+tables and `tables.md`; in Python, `tables(records)` gives its tables and `figures(records)` its figures by name.
 """
 
 import argparse

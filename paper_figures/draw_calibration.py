@@ -27,8 +27,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
     kinds = [(use, kind) for use in ("fitted", "checked") for kind in TIMES]
     worst = ", ".join(filter(None, (_worst(record, *kind) for kind in kinds)))
     caption = (
-        f"{how} times of the repetitions and a calibration's predictions on {value(record, 'result', 'name')}: fitted to"
-        " some sizes, prompts and links, checked on others and on other percentages; the models have random weights"
+        f"{how} times of the repetitions and a calibration's predictions on {value(record, 'result', 'name')}: fitted"
+        " to some sizes, prompts and links, checked on others and on other percentages; the models have random weights"
         f" (shape only). Grey: within {ERROR_GOAL} %, and within {POINTS_GOAL} percentage points (of plans; the bound"
         f" without communication is left out). At worst: {worst}."
     )

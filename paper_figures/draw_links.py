@@ -6,7 +6,7 @@ from functools import partial
 
 import pandas as pd
 import seaborn as sns
-from draw import MARKERS, Record, Table, canvas, finish, machine, model_of, number, plain, run, style, value
+from draw import MARKERS, Record, Table, canvas, finish, machine, number, plain, run, style, value
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from spd.comm import Link
 from spd.report import axis_of_blocks
-from spd.tables import timing_words, timings
+from spd.tables import named, timing_words, timings
 
 COMMON = ("tp", "world", "batch", "prompt_len", "new_tokens", "dtype", "compile", "transport")
 DASHES = {"linestyle": (0, (4, 2)), "linewidth": 1.2}
@@ -59,12 +59,11 @@ def tables(records: Sequence[Record]) -> list[Table]:
     columns = ["link", "blocks_dropped", "percent", "ttft_median_ms", "ttft_spread_ms", "formula_ms", "transfer_ms"]
     columns += ["transfer_formula_ms", "speedup", "formula_speedup", "saved_share"]
     last = measured[-1]
-    only = ", random weights (shape only)" if last["model"].get("shape_only") or "random" in str(last["model"]) else ""
     caption = (
         "Left: the more a link costs, the more dropping gains; right: the time of the collectives that are left. Solid:"
         " measured, medians; dashed: the time without communication plus the link's formula and idle real collectives;"
         " what is measured above that is one process waiting for the other."
-        f" {model_of(last)}{only}, {timing_words(last)}; {len(measured)} records; {machine(last)}."
+        f" {named(last)}, {timing_words(last)}; {len(measured)} records; {machine(last)}."
     )
     frame = pd.concat([_rows(record) for record in measured], ignore_index=True)
     return [Table("links", caption, frame.reindex(columns=columns), measured)]

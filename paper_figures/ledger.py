@@ -30,9 +30,9 @@ NEEDS = "needs hardware or gated weights"
 PREDICT = "make predict"
 TITLE = """# The paper's claims and this repository
 
-Made by `make ledger` from the records named under each table; nothing is typed in but the paper's side, which stands in
-`paper_figures/paper.json`: Kim et al., *SPD: Sync-Point Drop for Efficient Tensor Parallelism of Large Language Models*,
-ICML 2025.
+Made by `make ledger` from the records named under each table; nothing is typed in but the paper's side, which is in
+`paper_figures/paper.json`: Kim et al., *SPD: Sync-Point Drop for Efficient Tensor Parallelism of Large Language
+Models*, ICML 2025.
 
 **reproduced**, **differs**: measured on the paper's own model. **in kind**: the same effect looked for on models that
 are small enough for the machines named, with the criterion stated; it says that the code does what the paper describes,

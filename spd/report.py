@@ -154,7 +154,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
 def _perplexity_panel(ax: Axes, table: Table) -> None:
     frame = table.frame.assign(strategy=table.frame["strategy"].map(lambda name: STRATEGIES.get(name, name)))
     sns.lineplot(frame, x="percent", y="perplexity", hue="strategy", style="strategy", markers=True, dashes=False,
-                 ax=ax, palette="colorblind", clip_on=False, zorder=3)  # fmt: skip
+                 ax=ax, palette="colorblind", zorder=3)  # fmt: skip
     full = frame.loc[frame["blocks"] == 0, "perplexity"].iloc[0]
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
     if frame["perplexity"].max() > LOG_FROM * full:
@@ -200,10 +200,11 @@ def _accuracy_panel(ax: Axes, table: Table, label: str) -> None:
 def ttft_figure(records: Sequence[Record]) -> Figure:
     """The paper's figure 7's times as bars a plan; needs a bench record."""
     table = ttft_table(records)
+    table = table._replace(caption=table.caption.split(" reduction = ")[0])  # the rest is on columns of the table
     return _single(table, _ttft_panel, max(6.4, 2 + 0.7 * len(table.frame)))
 
 
-def _ttft_panel(ax: Axes, table: Table) -> None:
+def _ttft_panel(ax: Axes, table: Table, narrow: bool = False) -> None:
     frame, bounds, bottom = table.frame, table.records[0]["result"].get("bounds") or {}, 0.0
     for key, (label, colour) in PARTS.items():
         if frame[key].any():
@@ -215,7 +216,7 @@ def _ttft_panel(ax: Axes, table: Table) -> None:
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = number(table.records[0], "result", "bounds", name, "ttft_ms", "median")
         ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g} ms")
-    stride = math.ceil(len(frame) / 12)
+    stride = math.ceil(len(frame) / (5 if narrow else 12))
     labels = [
         f"{blocks}\n{percent:.3g} %" for blocks, percent in zip(frame["blocks_dropped"], frame["percent"], strict=True)
     ]
@@ -233,12 +234,14 @@ def overview_figure(records: Sequence[Record]) -> Figure:
     if newest(records, "sweep"):
         panels["sweep"] = perplexity_table(records), _perplexity_panel
     if newest(records, "bench"):
-        panels["bench"] = ttft_table(records), _ttft_panel
+        panels["bench"] = ttft_table(records), _overview_ttft
     with rc_context(STYLE | {"legend.fontsize": 7, "font.size": 8}):
-        figure = Figure(figsize=(3.6 * len(panels), 3.9), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
         for ax, (table, draw) in zip(figure.subplots(1, len(panels)), panels.values(), strict=True):
             draw(ax, table)
+            if ax.get_legend():
+                ax.get_legend().set_in_layout(False)  # else a wide legend takes the panels' room
     words = []
     for command, (table, _) in panels.items():
         record = table.records[0 if command == "sensitivity" else -1]
@@ -259,6 +262,12 @@ def overview_figure(records: Sequence[Record]) -> Figure:
 def _overview_sensitivity(ax: Axes, table: Table) -> None:
     _sensitivity_panel(ax, table.frame, "sensitivity", "perplexity points", {})
     _class_legend(ax, table.frame, short=True)
+
+
+def _overview_ttft(ax: Axes, table: Table) -> None:
+    _ttft_panel(ax, table, narrow=True)
+    ax.set_ylim(top=1.5 * ax.get_ylim()[1])
+    ax.legend(loc="upper left", ncols=2, fontsize=7)
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:

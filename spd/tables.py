@@ -85,10 +85,15 @@ def model_of(record: Record) -> str:
     return Path(str(value(record, "model", "name"))).name
 
 
+def named(record: Record) -> str:
+    """The model, and that its weights are random where they are."""
+    only = record["model"].get("shape_only") or "(random weights)" in model_of(record)
+    return model_of(record).removesuffix(" (random weights)") + (" (random weights, shape only)" if only else "")
+
+
 def subject(record: Record) -> str:
-    """The model and its degree, and that its weights are random where they are."""
-    only = " (random weights, shape only)" if record["model"].get("shape_only") else ""
-    return f"{model_of(record)}{only} at tp={value(record, 'tp')}"
+    """The model and its degree."""
+    return f"{named(record)} at tp={value(record, 'tp')}"
 
 
 def machine(record: Record) -> str:
@@ -315,9 +320,8 @@ def timing_words(record: Record) -> str:
 def setting_words(record: Record) -> str:
     link = record["result"].get("link")
     nccl = "".join(f", {name}={setting}" for name, setting in (record["result"].get("nccl") or {}).items())
-    only = " (random weights, shape only)" if record["model"].get("shape_only") else ""
     link = f"emulated link {link}" if link else "no emulated link"
-    return f"{model_of(record)}{only}, {timing_words(record)}, {link}{nccl}"
+    return f"{named(record)}, {timing_words(record)}, {link}{nccl}"
 
 
 def ttft_table(records: Sequence[Record]) -> Table:

@@ -24,7 +24,7 @@ from spd.records import load_records
 DEFAULT_URI, EXPERIMENT = "sqlite:///mlflow.db", "spd"
 REACHED_WITHIN, DONE_WITHIN = 3, 120  # seconds
 PARAMS = ("dtype", "device", "seed", "seq_len", "windows", "skip", "recipe", "strategy", "percentages", "calibration",
-          "epochs", "learning_rate", "tasks", "limit", "shape", "batch", "prompt_len", "new_tokens", "link")  # fmt: skip
+          "epochs", "learning_rate", "tasks", "limit", "shape", "batch", "prompt_len", "link")  # fmt: skip
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import VARIANTS, random_model, with_tokenizer
 from table1 import BiasBefore, ResidualAfter, block_designs, centre_model
 
 from spd.cli import main
+from spd.options import COMMANDS
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
@@ -114,9 +116,11 @@ def test_on_a_trained_model_the_papers_design_wins_by_far():
 
 
 def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch, capsys):
-    from spd.report.tables import embed, tables
+    from draw_ablation import figures, tables
+    from draw_ablation import run as draw
 
-    from spd.report import load_records, report
+    from spd.records import load_records
+    from spd.report import embed
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
@@ -127,20 +131,20 @@ def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch,
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     found = {table.name: table for table in tables(load_records(["runs"]))}
     subject = "model, text, tp=2, all blocks"
-    assert found["ablation"].rows[1][subject] == printed["variants"][1]["perplexity"]
-    assert found["table1"].rows[0]["model"] == "model, text, tp=2, 1 of 3 blocks"
+    assert found["ablation"].frame[subject][1] == printed["variants"][1]["perplexity"]
+    assert found["table1"].frame["model"][0] == "model, text, tp=2, 1 of 3 blocks"
     (tmp_path / "PAGE.md").write_text("before\n<!-- table ablation -->\nold\n<!-- end -->\nafter\n")
-    files = report(["runs"], "figures", tmp_path / "PAGE.md")["files"]
-    assert "figures/ablation.svg" in files and "figures/ablation.png" in files
+    assert draw(tables, figures, "", ["runs", "--out", "figures", "--page", "PAGE.md"]) == 0
+    assert Path("figures/ablation.png").is_file()
     page = (tmp_path / "PAGE.md").read_text()
-    assert "old" not in page and f"| repair | {subject} |" in page and page.endswith("<!-- end -->\nafter\n")
+    assert "old" not in page and f"{subject} |" in page and page.endswith("<!-- end -->\nafter\n")
     assert embed(page, list(found.values())) == page
     with pytest.raises(SPDError, match="no place marked"):
         embed("nothing", list(found.values()))
 
 
 def run(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr("sys.argv", ["spd", *map(str, arguments)])
+    monkeypatch.setattr("sys.argv", ["spd", *map(str, arguments[1:])])
     with pytest.raises(SystemExit) as stop:
-        main()
+        main(COMMANDS[arguments[0]])
     assert not stop.value.code

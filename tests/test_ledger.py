@@ -3,9 +3,8 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from ledger import MEASURES, NEEDS, ledger, write_ledger
 from reference import reference
-from spd.report.ledger import NEEDS, ledger, write_ledger
-from spd.report.measures import MEASURES
 
 from spd.records import load_records, make_record, write_record
 
@@ -30,7 +29,7 @@ def put(tmp_path):
 
 def _row(tmp_path, words: str) -> dict:
     tables = ledger(load_records([tmp_path / "runs"]))
-    return next(row for table in tables for row in table.rows if words in row["claim"])
+    return next(row for table in tables for row in table.frame.to_dict("records") if words in row["claim"])
 
 
 def _sensitivity(values: list[float]) -> dict:
@@ -45,7 +44,7 @@ def _sweep(**at_100: tuple[float, float]) -> dict:
 
 
 def test_every_claim_has_a_row_and_without_records_nothing_is_claimed():
-    rows = [row for table in ledger([]) for row in table.rows]
+    rows = [row for table in ledger([]) for row in table.frame.to_dict("records")]
     assert len(rows) == len(reference()["claims"]) + len(reference()["accuracy_claims"])
     assert {row["status"] for row in rows} == {NEEDS, "OPT is not supported"}
     assert not any(row["ours"] for row in rows)
@@ -102,4 +101,4 @@ def test_it_is_written_with_the_count_of_each_status(put, tmp_path):
     put("table1", TABLE1, plan="DF FF FF FF")
     result = write_ledger([tmp_path / "runs"], tmp_path / "L.md")
     text = (tmp_path / "L.md").read_text()
-    assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind |" in text and "table1" in text
+    assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind " in text and "table1" in text

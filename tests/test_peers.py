@@ -3,10 +3,10 @@
 import json
 from datetime import UTC, datetime
 
+import draw_peers
 import pytest
 import torch
 from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
-from spd.report.shelf import every_sheet
 
 from spd import Plan, SPDModel
 from spd.bench import BenchSettings, Compiled, Eager, Rates, _gained, _Sample, floors, run
@@ -105,11 +105,11 @@ def test_the_table_beside_transformers_says_who_is_ahead_or_why_there_is_no_peer
     }
     result = {"rows": [both, alone], "batch": 1, "prompt_len": 128, "new_tokens": 8}
     record = make_record("bench-peers", {}, result, started=datetime.now(UTC))
-    (table,), (sheet,) = tables([record]), every_sheet([record])
-    assert [label.get_text() for label in sheet.figure.axes[0].get_yticklabels()] == ["llama-8m, float32, tp=1"]
-    assert table.rows[0]["spd_ttft_ratio"] == 1.25 and table.rows[0]["repeats"] == 7
-    assert table.rows[1]["why_not"] == "OSError: no" and "transformers_ttft_ms" not in table.rows[1]
-    assert all(len(cells) == len(table.formats) for cells in table.cells())
+    (table,), figure = draw_peers.tables([record]), draw_peers.figures([record])["peers"]
+    rows = table.frame.to_dict("records")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["llama-8m, float32, tp=1"]
+    assert rows[0]["spd_ttft_ratio"] == 1.25 and rows[0]["repeats"] == 7
+    assert rows[1]["why_not"] == "OSError: no" and rows[1]["transformers_ttft_ms"] != rows[1]["transformers_ttft_ms"]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_bench_gives_bounds_and_times_one_shard_alone():
     assert found["plans"][0]["floor"]["ttft_ms"] > 0 and "saved" not in found["plans"][0]
     model = {"name": "llama-8m", "fingerprint": "f", "blocks": 6}
     (table,) = tables([make_record("bench", {}, found, started=datetime.now(UTC), model=model, tp=1)])
-    assert table.rows[0]["formula_ms"] == found["bounds"]["no_communication"]["ttft_ms"]["median"]
-    assert table.rows[0]["ttft_of_bound"] > 0 and "GFLOP/s" in table.caption
+    assert table.frame["formula_ms"][0] == found["bounds"]["no_communication"]["ttft_ms"]["median"]
+    assert table.frame["ttft_of_bound"][0] > 0 and "GFLOP/s" in table.caption
     plans = ("FF FF FF FF FF FF", "DF DF DF DF DF DF")
     more = {"prompt_len": 8, "new_tokens": 1, "repeats": 2, "warmup": 0, "share_of": 4, "link": "1GBps,1ms"}
     found = run(Runtime(), 4, BenchSettings(plans, shape="llama-8m", **more))

@@ -7,14 +7,15 @@ from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 
+import draw_links
+import draw_method
 import pytest
 from PIL import Image
-from rich.console import Console
-from spd.report.shelf import Shelf
 
 from spd.errors import SPDError
-from spd.records import make_record, write_record
-from spd.report import choose, load_records, print_tables, report, tables
+from spd.records import load_records, make_record, write_record
+from spd.report import png, print_tables, report, tables
+from spd.tables import sensitivity_table
 
 BLOCKS = 4
 SENSITIVITY = [12.5, 0.25, -0.5, 0.015625]
@@ -109,9 +110,7 @@ def _rows(path: Path) -> list[dict]:
 
 def test_every_figure_and_table_is_written_once(made):
     _, out, result = made
-    names = {
-        f"{n}.{form}" for n in ("sensitivity", "perplexity", "ttft", "transfer", "overview") for form in ("svg", "png")
-    }
+    names = {f"{name}.png" for name in ("sensitivity", "perplexity", "ttft", "overview")}
     names |= {"sensitivity.csv", "perplexity.csv", "ttft.csv", "tables.md"}
     assert {Path(file).name for file in result["files"]} == names == {file.name for file in out.iterdir()}
     json.dumps(result)
@@ -120,15 +119,11 @@ def test_every_figure_and_table_is_written_once(made):
 def test_figures_and_tables_name_their_records_and_commit(made):
     records, out, _ = made
     ids = [json.loads(path.read_text())["id"] for path in records[:4]]
-    image, drawing, text = (
-        Image.open(out / "overview.png"),
-        (out / "overview.svg").read_text(),
-        (out / "tables.md").read_text(),
-    )
+    image, text = Image.open(out / "overview.png"), (out / "tables.md").read_text()
     for name in ids:
-        assert name in image.info["Source"] and name in drawing and name in text
-    assert "commit c0ffee" in image.info["Source"] and "commit c0ffee" in drawing and "commit c0ffee" in text
-    assert ids[3] not in (out / "perplexity.svg").read_text()
+        assert name in image.info["Source"] and name in text
+    assert "commit c0ffee" in image.info["Source"] and "commit c0ffee" in text
+    assert ids[3] not in Image.open(out / "perplexity.png").info["Source"]
 
 
 def test_captions_say_model_degree_data_and_machine(made):
@@ -166,10 +161,10 @@ def test_tables_hold_the_records_numbers_exactly(made):
     assert [float(r["compute_ms"]) for r in rows] == [40 - 4 - 16, 35 - 4 - 12, 32 - 4 - 8]
 
 
-def test_tables_are_printed_in_eighty_columns_uncut(made):
-    text = StringIO()
-    print_tables(made[0], Console(file=text, width=80))
-    assert "0.015625"[:6] in text.getvalue() and "1.1429" in text.getvalue() and "…" not in text.getvalue()
+def test_tables_are_printed_uncut_on_standard_error(made, capsys):
+    print_tables(made[0])
+    text = capsys.readouterr().err
+    assert "0.015625" in text and "1.1429" in text and "…" not in text
 
 
 # ---------------------------------------------------------------- choosing
@@ -180,20 +175,20 @@ def test_the_newest_record_counts_and_a_newer_strategy_is_added(put):
     put("sweep", _sweep())
     put("sweep", _sweep("b2b", (4.0, 4.5, 6.0)))
     last = put("sensitivity", _sensitivity())
-    rows = tables(load_records([last.parent]))[1].rows
+    rows = tables(load_records([last.parent]))[1].frame.to_dict("records")
     assert [(r["strategy"], r["perplexity"]) for r in rows[1::3]] == [("zs", 5.0), ("b2b", 4.5)]
 
 
 def test_perplexities_on_other_data_are_not_mixed(put):
     put("sweep", _sweep("b2b"), data={**DATA, "seq_len": 16})
     (table,) = tables(load_records([put("sweep", _sweep()).parent]))
-    assert {r["strategy"] for r in table.rows} == {"zs"}
+    assert set(table.frame["strategy"]) == {"zs"}
 
 
 def test_a_plan_of_other_sensitivities_colours_nothing(put):
     put("plan", {**_planned(), "sensitivity": [1.0] * BLOCKS})
-    single, _ = choose(load_records([put("sensitivity", _sensitivity()).parent]))
-    assert single[0].plan is None and single[0].sensitivity is not None
+    table = sensitivity_table(load_records([put("sensitivity", _sensitivity()).parent]))
+    assert "class" not in table.frame and len(table.records) == 1
 
 
 def test_models_and_degrees_get_files_of_their_own(put):
@@ -204,31 +199,34 @@ def test_models_and_degrees_get_files_of_their_own(put):
         "sensitivity-synthetic-tp8",
         "sensitivity-synthetic-tp4",
         "sensitivity-other",
-        "classes",
     ]
 
 
-def test_several_settings_give_classes_and_a_map_and_a_shelf_names_them(put, tmp_path):
+def test_several_settings_give_classes_and_a_map(put, tmp_path, capsys):
     put("sensitivity", _sensitivity())
     folder = put("sensitivity", _sensitivity(), tp=4).parent
-    report([folder], tmp_path / "out")
-    assert {"classes.svg", "classes.csv", "sensitivity-map.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    asked = [str(folder), "--out", str(tmp_path / "out")]
+    assert draw_method.run(draw_method.tables, draw_method.figures, "", asked) == 0
+    assert {"classes.png", "classes.csv", "sensitivity-map.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     classes = _rows(tmp_path / "out" / "classes.csv")  # at the paper's thresholds: 12.5, 0.25, -0.5, 0.016
     assert [(row["tp"], row["ISB"], row["SB"], row["ESB"]) for row in classes] == [
         ("4", "50.0", "25.0", "25.0"),
         ("8", "50.0", "25.0", "25.0"),
     ]
-    shelf = Shelf(folder)
-    assert shelf.figure("classes")._repr_png_().startswith(b"\x89PNG")
-    assert "| synthetic | synthetic | 4 |" in shelf.table("classes")._repr_markdown_()
-    with pytest.raises(SPDError, match="give no 'accuracy', only sensitivity-tp8"):
-        shelf.figure("accuracy")
+    asked[0] = str(put("eval", {"perplexity": 4.0}, name="none"))
+    assert draw_method.run(draw_method.tables, draw_method.figures, "", asked) == 1
+    assert "None of the 1 records" in capsys.readouterr().err
 
 
 def test_transfer_time_is_what_the_collectives_took(put):
-    sheet = Shelf(put("bench", _bench(), tp=2)).figure("transfer")
-    line = next(line for line in sheet.figure.axes[0].lines if len(line.get_xdata()) == 3)
+    figure = draw_method.figures(load_records([put("bench", _bench(), tp=2)]))["transfer"]
+    line = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 3)
     assert list(line.get_ydata()) == [20.0, 16.0, 12.0]  # 4 real, 8 and 8, 4, 0 emulated
+
+
+def test_figures_drawn_of_no_record_say_so():
+    assert png(draw_method.block_figure()).startswith(b"\x89PNG")
+    assert png(draw_method.missing_figure([{"block": 0, "missing": 0.5}], "m", 2)).startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- errors in words
@@ -302,7 +300,7 @@ def test_accuracies_of_sweeps_and_of_a_plan(put, tmp_path):
         point |= _scores(acc, 3)
     records = [put("sweep", _sweep("b2b")), put("sweep", swept), put("eval", _scores(0.375, 9), plan=_plan(3))]
     report(records, tmp_path / "out")
-    for name in ("accuracy.svg", "accuracy.png", "accuracy-mmlu.svg"):
+    for name in ("accuracy.png", "accuracy-mmlu.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     rows = _rows(tmp_path / "out/accuracy.csv")
     assert [row["average"] for row in rows] == ["0.5", "0.4375", "0.3125"]  # the sweep without tasks has no row
@@ -333,16 +331,17 @@ def test_links_are_compared_where_nothing_else_differs(put, tmp_path):
     put("bench", _over("1GBps,9ms", 9.0, prompt_len=99), tp=2)  # another prompt
     put("bench", _over("1GBps,5ms", 7.0), tp=2)  # timed again below
     records = [put("bench", _over(f"1GBps,{n}ms", n), tp=2) for n in (1, 5, 3)]
-    report(records[0].parent.glob("*.json"), tmp_path / "out")
+    asked = [*map(str, records[0].parent.glob("*.json")), "--out", str(tmp_path / "out")]
+    assert draw_links.run(draw_links.tables, draw_links.figures, "", asked) == 0
     rows = _rows(tmp_path / "out/links.csv")
     assert [row["link"] for row in rows[::3]] == ["1GBps, 5ms", "1GBps, 3ms", "1GBps, 1ms"]
     slowest = [row for row in rows if row["link"] == "1GBps, 5ms"]
     assert [float(row["transfer_ms"]) for row in slowest] == [40, 30, 20]
     assert float(slowest[-1]["speedup"]) == float(slowest[-1]["formula_speedup"]) == 60 / 40
-    svg = (tmp_path / "out/links.svg").read_text()
-    assert "shared memory" in svg and "by formula" in svg
+    caption = Image.open(tmp_path / "out/links.png").info["Description"]
+    assert "shared memory" in caption and "formula" in caption
 
 
 def test_one_link_is_no_comparison(put, tmp_path):
-    written = report([put("bench", _over("1GBps,1ms", 1.0), tp=2)], tmp_path / "out")["files"]
-    assert not [path for path in written if "links" in path]
+    records = load_records([put("bench", _over("1GBps,1ms", 1.0), tp=2)])
+    assert draw_links.tables(records) == [] and draw_links.figures(records) == {}
