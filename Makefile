@@ -13,6 +13,7 @@ override PYTHON := $(dir $(READY))bin/python
 export PYTHONNOUSERSITE := 1
 endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
+export PYTHONPATH := .:experiments:paper_figures:$(PYTHONPATH)
 export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
 .PHONY: help env test lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
 #:   PYTHON=...       use this interpreter and make no environment
@@ -97,7 +98,7 @@ keep: $(READY)  ## Put the records of RUN=runs/NAME among the committed ones, an
 figures: $(READY)  ## Draw paper_figures again from the committed records
 	sh paper_figures/draw.sh
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
-	$(PYTHON) paper_figures/draw_ledger.py experiments/records --out REPRODUCTION.md
+	$(PYTHON) paper_figures/ledger.py experiments/records --out REPRODUCTION.md
 sensitivities ablation predict bench-peers bench-links check-prediction bench-gpu budget: $(READY)
 	TP=$(TP) sh experiments/measure.sh $@ $(ARGS)
 notebooks: $(READY)  ## Run the notebooks and keep what they show in them
