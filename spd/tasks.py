@@ -13,7 +13,6 @@ from statistics import fmean
 
 import datasets
 import lm_eval.tasks
-from lm_eval.api.metrics import mean_stderr
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -236,7 +235,8 @@ def _pooled(task: Task, answers: Answers, metric: str) -> list[float]:
 
 def stderr(values: list[float]) -> float:
     """Standard error of a mean."""
-    return float(mean_stderr(values)) if len(values) > 1 else 0.0
+    mean, n = fmean(values), len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
 def compare(full: list[float], other: list[float]) -> dict:
