@@ -1,9 +1,12 @@
-"""Repair of dropped blocks without training: heads and neurons moved, projections refitted by least squares.
+"""Repair of dropped blocks without training: neurons moved, projections refitted by least squares.
 
 A block that drops its attention sync gives its MLP on shard i the input `x + y_i` in place of `x + sum_j y_j`.
 Four things mend most of that, none of which needs a gradient:
 
-centre   what the heads gather on average is given to all shards by a bias (`centre.py`);
+centre   what the heads gather on average is given to all shards by a bias. Attention weights sum to one: taking a
+         vector m from a head's values takes m from whatever the head gathers, and the output projection's bias can
+         give `W m` back. The layer is the function it was, but where the sync is dropped the bias is still added to
+         `x` once, for all shards to see, while the gathered part stays with its shard;
 correct  each shard's gate and up projections get the matrix that best predicts, from the normalised input the shard
          sees, the normalised input it should see;
 place    each neuron goes to the shard whose (corrected) input serves it best;
@@ -11,153 +14,36 @@ refit    the down projections of all shards, and the attention output projection
          block still misses of its target.
 
 Everything here needs the MLP's sync to stay `full`. Shapes as in `model.py`; F is the number of MLP neurons.
-
-The constant part of what heads gather, given to every shard by a bias; nothing is communicated for it.
-
-Attention weights sum to one: taking a vector m from a head's values takes m from whatever the head gathers, and the
-output projection's bias can give `W m` back. The layer is the function it was, but where the attention's sync is
-dropped the bias is still added to `x` once, for all shards to see (the paper's design for layers with a bias), while
-the gathered part stays with its shard. So each shard's MLP misses only what varies.
-
-Placing: each neuron to the shard whose input serves it best, and key/value groups where they let neurons be served.
-
-F is the number of MLP neurons, K that of key/value groups.
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spd.comm import Shards, Stream
-from spd.config import ModelConfig
-from spd.layout import balanced_assignment, permute_heads, permute_neurons
+from spd.block_inputs import (
+    POINT,
+    Batch,
+    Calibration,
+    Original,
+    Site,
+    accumulated,
+    all_reduced,
+    attended,
+    features_of,
+    missing_of,
+    output_error,
+)
+from spd.comm import Shards
+from spd.layout import balanced_assignment, permute_neurons
 from spd.least_squares import Coefficients, Moments, Rows, best_ridge, conjugate_gradients
-from spd.model import Attention, Block, Context, shard_linear
-
-# ---------------------------------------------------------------- A block among its shards, and the data that
-
-
-HELD_OUT = 10  # one window in so many chooses the ridge
-POINT = "calibration"  # the name of these all-reduces in the counts
-
-
-@dataclass(frozen=True)
-class Site:
-    """A block among its shards."""
-
-    block: Block
-    index: int
-    shards: Shards
-    config: ModelConfig
-
-    def mix(self, x: Tensor, context: Context) -> Tensor:
-        """What the hosted heads gather from inputs (B, T, D): (S, B, T, h d)."""
-        return self.block.attention.mix(self.block.attention_norm(x[None]), context, self.index)
-
-
-@dataclass(frozen=True)
-class Original:
-    """What a block was before it was corrected: a copy of the weights that change, and no more of a large block."""
-
-    block: Block  # for what does not change
-    gate_up: Tensor
-    out: Tensor
-
-    @classmethod
-    def of(cls, block: Block) -> "Original":
-        return cls(block, block.mlp.gate_up.weight.clone(), block.attention.out.weight.clone())
-
-    def attended(self, batch: "Batch") -> Stream:
-        return Stream(batch.x).produce(shard_linear(batch.mixed, self.out), self.block.attention.out.bias)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows that enter a block (B, T, D), their targets (B, T, D) and what the heads gather (S, B, T, h d)."""
-
-    x: Tensor
-    target: Tensor
-    mixed: Tensor
-    held_out: Tensor  # (B,), True for windows that choose ridges
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What one block reads and should give, batch by batch; gone through several times, in the same order.
-
-    `inputs` are the residual streams (B, T, D) that enter the block in the student, nothing pending; `targets`
-    (B, T, D) what the teacher's block gave for the same tokens. `context` makes a batch's `Context`
-    (`Transformer.context`). `mixed` keeps what the heads gather, which costs as much memory as the inputs and saves
-    running the attention in every pass.
-    """
-
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    context: Callable[[Stream], Context]
-    mixed: Sequence[Tensor] | None = None
-
-    @property
-    def tokens(self) -> int:
-        return sum(x.shape[0] * x.shape[1] for x in self.inputs)
-
-    def batches(self, site: Site, tokens: int | None = None) -> Iterator[Batch]:
-        """All batches, or every n-th so that they hold at least about `tokens` tokens, if there are so many."""
-        every, seen = max(1, self.tokens // tokens) if tokens else 1, 0
-        for number, (x, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
-            held_out = torch.arange(seen, seen + len(x)) % HELD_OUT == HELD_OUT - 1
-            seen += len(x)
-            if number % every == 0:
-                mixed = site.mix(x, self.context(Stream(x))) if self.mixed is None else self.mixed[number]
-                yield Batch(x, target, mixed, held_out)
-
-    def remember_heads(self, site: Site) -> "Calibration":
-        """The same with what the heads gather computed once; valid while neither they nor their input change."""
-        return replace(self, mixed=[batch.mixed for batch in self.batches(site)])
-
-
-@torch.no_grad()
-def output_error(site: Site, data: Calibration) -> float:
-    """Mean squared error of the dropped block's output."""
-    total = count = 0
-    for batch in data.batches(site):
-        missing = missing_of(site, batch, features_of(site, batch)[1])
-        total += missing.double().square().sum().item()
-        count += missing.numel()
-    return total / count
-
-
-def all_reduced(site: Site, y: Tensor) -> Tensor:
-    """Sum (B, T, D) of the shards' parts (S, B, T, D)."""
-    return site.shards.all_reduce(y.sum(0), POINT)
-
-
-def attended(block: Block, batch: Batch) -> Stream:
-    """The stream with the attention's outputs pending."""
-    return Stream(batch.x).produce(block.attention.out(batch.mixed), block.attention.out.bias)
-
-
-def features_of(site: Site, batch: Batch, attention: bool = False) -> tuple[Tensor, Stream]:
-    """Inputs (S, B, T, p) of the hosted projections to fit, and the dropped block's stream with all outputs pending."""
-    stream, mlp = attended(site.block, batch), site.block.mlp
-    activations = mlp.activations(site.block.mlp_norm(stream.read()))
-    stream = stream.produce(mlp.down(activations), mlp.down.bias)
-    return torch.cat((activations, batch.mixed), -1) if attention else activations, stream
-
-
-def missing_of(site: Site, batch: Batch, stream: Stream) -> Tensor:
-    """What the block's output (B, T, D) lacks of its target."""
-    return batch.target - stream.x - all_reduced(site, stream.pending)
-
-
-# ---------------------------------------------------------------- The constant part of what heads gather, giv
+from spd.model import Attention, Block
 
 
 @torch.no_grad()
@@ -176,9 +62,6 @@ def centre_heads(attention: Attention, gathered: Tensor, shards: Shards) -> None
     attention.out.bias += shards.all_reduce(part, "bias")
 
 
-# ---------------------------------------------------------------- Correcting: gate and up projections get the
-
-
 @torch.no_grad()
 def input_corrections(site: Site, original: Original, data: Calibration) -> Coefficients:
     """What to add to each hosted shard's MLP input, predicted from it, for the input it would have without a drop.
@@ -189,14 +72,16 @@ def input_corrections(site: Site, original: Original, data: Calibration) -> Coef
     """
     shards, width = site.shards.k, site.config.hidden_size
     few, device = data.tokens < width, original.block.mlp_norm.weight.device
-    parts = [Rows() if few else Moments(shards, width, width, device) for _ in range(2)]
-    for batch in data.batches(site):
+
+    def seen_and_lacking(batch: Batch) -> tuple[Tensor, Tensor]:
         stream = original.attended(batch)
         wanted = original.block.mlp_norm(stream.x + all_reduced(site, stream.pending))
         seen = site.block.mlp_norm(attended(site.block, batch).read())
-        for part, windows in zip(parts, (~batch.held_out, batch.held_out), strict=True):
-            part.add(seen[:, windows], (wanted - seen)[:, windows])
-    return (parts[0] + parts[1]).solve(best_ridge(*parts))
+        return seen, wanted - seen
+
+    statistics = Rows if few else partial(Moments, shards, width, width, device)
+    fit, held_out = accumulated(site, data, statistics, seen_and_lacking)
+    return (fit + held_out).solve(best_ridge(fit, held_out))
 
 
 @torch.no_grad()
@@ -207,11 +92,7 @@ def apply_corrections(block: Block, original: Original, corrections: Coefficient
         block.mlp.gate_up.weight[shard] = (weight.to(change) + change)[0].to(weight)
 
 
-# ---------------------------------------------------------------- Placing: each neuron to the shard whose inp
-
-
 PLACEMENT_TOKENS = 16_384  # on which neurons are compared
-SEARCH_TOKENS = 2_048  # on which groupings of heads are compared
 
 
 @torch.no_grad()
@@ -263,77 +144,6 @@ def place_neurons(
     return float(costs[np.arange(len(shard)), shard].sum())
 
 
-# Grouping heads
-
-
-@torch.no_grad()
-def search_heads(site: Site, data: Calibration, tokens: int = SEARCH_TOKENS) -> int:
-    """Moves key/value groups between shards to where neurons can be placed best; the number of swaps made.
-
-    A local search from the present grouping: two groups of different shards change places while that lowers the cost
-    of the best placement of neurons (`placement_costs`, uncorrected), which therefore judges heads and neurons
-    together. Where every shard has one group nothing is left to search, since neurons follow them anywhere; where
-    heads are spread over processes nothing is searched either.
-    """
-    shards, groups = site.shards, site.config.num_kv_heads
-    if groups <= shards.tp or shards.world > 1 or shards.tp == 1:
-        return 0
-    cost = _grouping_cost(site, data, tokens)
-    order = np.arange(groups).reshape(shards.tp, -1)
-    best, swaps, improved = cost(order), 0, True
-    while improved:
-        improved = False
-        for a, b in itertools.combinations(range(groups), 2):
-            i, j = divmod(a, order.shape[1]), divmod(b, order.shape[1])
-            if i[0] == j[0]:
-                continue
-            candidate = order.copy()
-            candidate[i], candidate[j] = order[j], order[i]
-            if (lower := cost(candidate)) < best * (1 - 1e-6):
-                order, best, swaps, improved = candidate, lower, swaps + 1, True
-    permute_heads(site.block, order.ravel(), shards, site.config)
-    return swaps
-
-
-def _grouping_cost(site: Site, data: Calibration, tokens: int) -> Callable[[np.ndarray], float]:
-    """A function of an order (tp, groups a shard): the summed cost of its best placement of neurons."""
-    block = site.block
-    weight, bias, power = all_neurons(block, site.shards)
-    parts, streams, held = [], [], 0
-    for batch in data.batches(site, tokens):
-        windows = -(-(tokens - held) // batch.x.shape[1])
-        parts.append(_group_outputs(block, batch.mixed[:, :windows]).flatten(1, 2))
-        streams.append(attended(block, batch).x[:windows].flatten(0, 1))
-        held += len(streams[-1])
-        if held >= tokens:
-            break
-    outputs, x = torch.cat(parts, 1), torch.cat(streams)  # (K, N, D), (N, D)
-    wanted = activations_of(block.mlp_norm(x + outputs.sum(0)), weight, bias)
-
-    @cache
-    def column(members: frozenset[int]) -> np.ndarray:
-        seen = block.mlp_norm(x + outputs[sorted(members)].sum(0))
-        error = (activations_of(seen, weight, bias) - wanted).float().square().sum(0)
-        return (error.double() * power).cpu().numpy()
-
-    def cost(order: np.ndarray) -> float:
-        costs = np.stack([column(frozenset(shard.tolist())) for shard in order], 1)
-        return float(costs[np.arange(len(costs)), balanced_assignment(costs)].sum())
-
-    return cost
-
-
-def _group_outputs(block: Block, mixed: Tensor) -> Tensor:
-    """What each key/value group adds to the residual stream: (K, B, T, D) of gathered values (S, B, T, h d)."""
-    size = block.attention.g, -1
-    by_group = mixed.unflatten(-1, size).movedim(-2, 1).flatten(0, 1)
-    weight = block.attention.out.weight.unflatten(-1, size).movedim(-2, 1).flatten(0, 1)
-    return torch.einsum("kbti,kdi->kbtd", by_group, weight)
-
-
-# ---------------------------------------------------------------- Refitting: the projections that end a block
-
-
 JOINT_FEATURES = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
 SWEEPS = 30  # over the data, where the shards' solutions are reconciled instead
 
@@ -383,27 +193,27 @@ def _refit_rows(site: Site, data: Calibration, attention: bool, ridge: float | N
     def joint(parts: Tensor) -> Tensor:
         return site.shards.all_reduce(parts.sum(0, keepdim=True), POINT)
 
-    parts = [Rows(joint) for _ in range(2)]
-    for batch in data.batches(site):
+    def pair(batch: Batch) -> tuple[Tensor, Tensor]:
         features, stream = features_of(site, batch, attention)
-        missing = missing_of(site, batch, stream)[None]
-        for part, windows in zip(parts, (~batch.held_out, batch.held_out), strict=True):
-            part.add(features[:, windows], missing[:, windows])
-    ridge = best_ridge(*parts).item() if ridge is None else ridge
-    return (parts[0] + parts[1]).solve(ridge), ridge
+        return features, missing_of(site, batch, stream)[None]
+
+    fit, held_out = accumulated(site, data, partial(Rows, joint), pair)
+    ridge = best_ridge(fit, held_out).item() if ridge is None else ridge
+    return (fit + held_out).solve(ridge), ridge
 
 
 def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Coefficients, float]:
     """The same from one Gram matrix of all S p features."""
     shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
-    moments = [Moments(1, shards * count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
-    for batch in data.batches(site):
+
+    def pair(batch: Batch) -> tuple[Tensor, Tensor]:
         features, stream = features_of(site, batch, attention)
-        missing, features = missing_of(site, batch, stream), features.movedim(0, -2).flatten(-2)  # (B, T, S p)
-        for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
-            moment.add(features[None, windows], missing[None, windows])
-    ridge = best_ridge(*moments).item() if ridge is None else ridge
-    found = (moments[0] + moments[1]).solve(ridge).dense()[0]
+        return features.movedim(0, -2).flatten(-2)[None], missing_of(site, batch, stream)[None]  # (1, B, T, S p)
+
+    statistics = partial(Moments, 1, shards * count, width, site.block.mlp_norm.weight.device)
+    fit, held_out = accumulated(site, data, statistics, pair)
+    ridge = best_ridge(fit, held_out).item() if ridge is None else ridge
+    found = (fit + held_out).solve(ridge).dense()[0]
     return Coefficients(found.unflatten(1, (shards, count)).movedim(1, 0)), ridge
 
 
@@ -415,12 +225,10 @@ def _refit_sweeps(
     The ridge is the one which serves best when each shard regresses by itself.
     """
     shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
-    moments = [Moments(shards, count, width, site.block.mlp_norm.weight.device) for _ in range(2)]
-    for batch in data.batches(site):
+
+    def pair(batch: Batch) -> tuple[Tensor, Tensor]:
         features, stream = features_of(site, batch, attention)
-        missing = missing_of(site, batch, stream).expand(shards, -1, -1, -1)
-        for moment, windows in zip(moments, (~batch.held_out, batch.held_out), strict=True):
-            moment.add(features[:, windows], missing[:, windows])
+        return features, missing_of(site, batch, stream).expand(shards, -1, -1, -1)
 
     def total(errors: Tensor) -> Tensor:
         return site.shards.all_reduce(errors.sum(1, keepdim=True), POINT)
@@ -433,15 +241,14 @@ def _refit_sweeps(
             cross += prediction.mT @ features
         return cross
 
-    ridge = best_ridge(*moments, total).item() if ridge is None else ridge
+    statistics = partial(Moments, shards, count, width, site.block.mlp_norm.weight.device)
+    fit, held_out = accumulated(site, data, statistics, pair)
+    ridge = best_ridge(fit, held_out, total).item() if ridge is None else ridge
     if not np.isfinite(ridge):
-        return Coefficients(torch.zeros_like(moments[0].cross)), ridge
-    both = moments[0] + moments[1]
+        return Coefficients(torch.zeros_like(fit.cross)), ridge
+    both = fit + held_out
     found = conjugate_gradients(both, ridge, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps)
     return Coefficients(found), ridge
-
-
-# ---------------------------------------------------------------- Repair of dropped blocks without training
 
 
 @dataclass(frozen=True)
@@ -453,11 +260,9 @@ class ClosedForm:
     place: bool = True
     refit: bool = True
     refit_attention: bool = True  # the output projection too; without it where it does not help
-    search_heads: bool = False  # where a shard has several key/value groups; slow, and gains little once corrected
     joint_features: int = JOINT_FEATURES  # beyond it no Gram matrix of all shards is formed
     sweeps: int = SWEEPS  # over the data, where the shards' solutions are reconciled instead
     placement_tokens: int = PLACEMENT_TOKENS  # on which neurons are compared
-    search_tokens: int = SEARCH_TOKENS  # on which groupings of heads are compared
     remember_heads: bool = True  # keep what the heads gather: a third activation stream, a third of the time
 
 
@@ -490,8 +295,6 @@ def repair_block(
 def _steps(site: Site, data: Calibration, options: ClosedForm) -> Iterator[tuple[str, float]]:
     """Takes the steps; yields each one's name and the error after it."""
     block = site.block
-    if options.search_heads and search_heads(site, data, options.search_tokens):
-        yield "heads", output_error(site, data)
     if options.centre:
         centre(site, data)
         yield "centre", output_error(site, data)

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spd.block_inputs import Calibration, Site
 from spd.checkpoint import changed_tensors
-from spd.closed_form import Calibration, ClosedForm, Site, repair_block
+from spd.closed_form import ClosedForm, repair_block
 from spd.data import digest_of
 from spd.errors import SPDError
 from spd.evaluate import Progress, perplexity, silent

@@ -11,10 +11,10 @@ from conftest import VARIANTS, random_model, with_tokenizer
 from table1 import BiasBefore, ResidualAfter, block_designs, centre_model
 
 from spd.cli import main
-from spd.options import COMMANDS
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
+from spd.options import COMMANDS
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.sweep import Repairer

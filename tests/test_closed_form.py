@@ -9,23 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from spd.closed_form import (
-    Calibration,
-    ClosedForm,
-    Site,
-    _grouping_cost,
-    output_error,
-    placement_costs,
-    refit,
-    repair_block,
-    search_heads,
-)
+from spd.block_inputs import Calibration, Site, output_error
+from spd.closed_form import ClosedForm, placement_costs, refit, repair_block
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import batches, perplexity
-from spd.layout import balanced_assignment, permute_heads, permute_neurons
+from spd.layout import balanced_assignment, permute_neurons
 from spd.least_squares import Moments, Rows, best_ridge
 from spd.model import Transformer
 from spd.plan import FULL, SPD_BLOCK, TP_BLOCK, Plan
@@ -183,31 +174,6 @@ def test_placement_cost_is_the_error_one_neuron_causes(config):
         site.block.mlp.down.weight[shard, :, 0] = keep
         _, data = _first_block(alone)
         torch.testing.assert_close(costs[neuron, shard].item(), output_error(site, data) * TOKENS.numel() * 16)
-
-
-def test_search_of_heads_never_worsens_the_placement_and_keeps_the_dense_function():
-    """Four groups on two shards have three groupings; from each, the search ends no worse than it began."""
-    everything = 10**9
-    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2]):
-        model = _model(shards=Shards(2))
-        permute_heads(model.blocks[0], order, model.shards, model.config)
-        site, data = _first_block(model)
-        dense, cost = model(TOKENS), _grouping_cost(site, data, everything)
-        groupings = [cost(np.array(o).reshape(2, 2)) for o in ([0, 1, 2, 3], [0, 2, 1, 3], [0, 3, 1, 2])]
-        assert groupings[0] == pytest.approx(_placed_cost(site, data), rel=1e-4)
-        swaps = search_heads(site, data, everything)
-        assert _placed_cost(site, data) == pytest.approx(min(groupings), rel=1e-4)
-        assert (swaps == 0) == (groupings[0] == min(groupings))
-        torch.testing.assert_close(model(TOKENS), dense, rtol=0, atol=1e-4)
-
-
-def _placed_cost(site: Site, data: Calibration) -> float:
-    costs = placement_costs(site, data, None, 10**9).numpy()
-    return costs[np.arange(len(costs)), balanced_assignment(costs)].sum()
-
-
-def test_search_of_heads_has_nothing_to_do_with_one_group_a_shard():
-    assert search_heads(*_first_block(_model())) == 0
 
 
 # Refit
