@@ -1,12 +1,9 @@
-# `make` lists the targets. A reproduction is a list of commands: one that is asked what it has answered gives that
-# answer at once, so an interrupted reproduction goes on where it stopped, and a changed number redoes what depends on it.
-.DEFAULT_GOAL := help
-
+# `make` lists the targets. A reproduction is a list of commands; one that is asked what it has answered gives that answer
+# at once, so that it goes on where it was interrupted, and a changed number redoes what depends on it.
 # ---- Environment: made once, by the first target that needs it. Its stamp's name changes with the pins and the folder.
 ifndef PYTHON
 KEY := $(shell { pwd -P; cat environment.yml; sed '/^\[tool\.pytest/,$$d' pyproject.toml; } | cksum | cut -d ' ' -f 1)
 CONDA := $(firstword $(shell for t in micromamba mamba conda; do if command -v $$t >/dev/null 2>&1; then echo $$t; fi; done) $(wildcard $(MAMBA_EXE) $(CONDA_EXE)))
-# The kind that is there stays; a finished .conda serves also where conda itself is not on PATH.
 ENV_TOOL ?= $(if $(wildcard .venv/.ready-*),venv,$(or $(CONDA),$(if $(wildcard .conda/.ready-$(KEY)),conda),venv))
 READY := $(if $(filter venv,$(ENV_TOOL)),.venv,.conda)/.ready-$(KEY)
 override PYTHON := $(dir $(READY))bin/python
@@ -23,8 +20,8 @@ export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
 #:   MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree
 #:   NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-*
 #:   EVAL_TEXT=FILE TASKS=a,b TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README
-#:   MODELS, TPS, TEXTS, LINKS  lists that sensitivities and bench-links go over
-#:   DRY_RUN=1 SHAPE_ONLY=1     say what it takes, or run the chain on two random blocks
+#:   MODELS, TPS, TEXTS, LINKS   lists that sensitivities and bench-links go over
+#:   DRY_RUN=1 SHAPE_ONLY=1      say what it takes, or run the chain on two random blocks
 help:  ## Show this list
 	@sed -n 's/^\([a-z][a-z0-9%-]*\)[:)].*# *\([A-Z].*\)/  \1                    \2/p' Makefile experiments/measure.sh | sed 's/^\(  .\{17\}\) */\1/'
 	@echo "Settings:"; sed -n 's/^#: //p' Makefile
@@ -35,8 +32,7 @@ env: $(READY)  ## Create the environment (.conda or .venv); other targets do it 
 test: $(READY)  ## Run the test suite
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest $(ARGS)
 lint: $(READY)  ## Check style and formatting
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
 # ---- Reproductions: experiments/NAME.yaml in runs/NAME-tpN. One GPU a process (NPROC), or one process for all shards.
 TP ?= 8
@@ -55,10 +51,8 @@ ON = --tp $(TP) $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVI
 TASK = $(if $(TASKS),--tasks $(TASKS)) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
 # On a text of the user's for a paper's experiment, evaluation is on another text, or on the windows after calibration's.
 APART = $(if $(CUDA),$(if $(TEXT),--calibration-text "$(TEXT)" $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)",--skip 128)))
-# Latency is measured on one GPU a shard, over direct links and without them, or on this machine's cores.
 TIMED = $(if $(CUDA),[ $(TP) = $$(( $(NPROC) * $(NNODES) )) ] || { echo "Latency was left out: NPROC=$(TP)." >&2; exit 0; }; $(GO),$(PYTHON))
 BENCH = -m spd --experiment $< bench --sensitivity $(RUN)/sensitivity.json $(if $(MODEL),--model "$(MODEL)") $(if $(CUDA),--device cuda --tp $(TP))
-
 ifndef DRY_RUN
 reproduce-%: experiments/%.yaml | $(READY)  ## Of experiments/NAME.yaml: sensitivity, plan, repairs, accuracy, latency, figures
 	$(if $(CUDA),$(if $(filter 1,$(NNODES)),$(PYTHON),$(TORCHRUN) 1) experiments/preflight.py $< --tp $(TP) --processes $(NPROC) \

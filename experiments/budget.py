@@ -18,8 +18,8 @@ from spd.closed_form import ClosedForm
 from spd.config import HUB_IDS, SHAPES, ModelConfig
 from spd.distill import Recipe, recipe_named, split
 from spd.errors import SPDError
-from spd.latency import gpu_flops, gpu_memory
 from spd.least_squares import RIDGES
+from spd.machines import gpu_flops, gpu_memory
 from spd.options import COMMANDS, OUTPUT, command, option, read_experiment
 from spd.planner import blocks_of
 from spd.pretrained import resolve

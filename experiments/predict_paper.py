@@ -20,20 +20,8 @@ from spd.cli import main
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import (
-    AllReduce,
-    Pass,
-    Prediction,
-    Setting,
-    Slower,
-    Work,
-    gpu,
-    measured_all_reduce,
-    parts_ms,
-    read_profile,
-    ring_bytes,
-    syncs_at,
-)
+from spd.latency import Prediction, Setting, parts_ms, syncs_at
+from spd.machines import AllReduce, Pass, Slower, Work, gpu, measured_all_reduce, read_profile, ring_bytes
 from spd.options import OUTPUT, command
 
 # ---------------------------------------------------------------- The latency model against a decode benchmar

@@ -17,18 +17,17 @@ from scipy.optimize import nnls
 from spd.comm import Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.latency import (
+from spd.latency import Setting, predict
+from spd.machines import (
     AllReduce,
     Both,
     Costs,
     FittedAllReduce,
     Machine,
     Pass,
-    Setting,
     Work,
     gpu,
     measured_all_reduce,
-    predict,
     ring_bytes,
 )
 from spd.plan import Plan

@@ -39,21 +39,18 @@ from spd.calibrate import (
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import (
+from spd.latency import Prediction, Setting, predict, syncs_at
+from spd.machines import (
     TABLE_MODELS,
     Costs,
     FittedAllReduce,
     Machine,
     Pass,
-    Prediction,
-    Setting,
     Slower,
     gpu,
     gpu_names,
     measured_all_reduce,
-    predict,
     read_profile,
-    syncs_at,
 )
 from spd.plan import Plan
 from spd.records import make_record, write_record

@@ -9,9 +9,10 @@ import torch
 from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
 
 from spd import Plan, SPDModel
-from spd.bench import BenchSettings, Compiled, Eager, Rates, _gained, _Sample, floors, run
+from spd.bench import BenchSettings, _gained, _Sample, run
 from spd.comm import Collective, Link, Shards
 from spd.config import SHAPES, ModelConfig
+from spd.engines import Compiled, Eager, Rates, floors
 from spd.errors import SPDError
 from spd.kernels import linear
 from spd.launch import Runtime, spawn
