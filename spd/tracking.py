@@ -224,7 +224,7 @@ def main() -> None:
     except SPDError as error:
         sys.exit(str(error))
     except Exception as error:  # MLflow's, SQLAlchemy's, the network's
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
 
 
 if __name__ == "__main__":
