@@ -286,7 +286,7 @@ def main(only: Command | None = None) -> None:
         only.run(words, given.experiment)
     except SPDError as error:
         sys.exit(f"{_rank()}{error}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter: who read the output has gone
         sys.exit(130)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="spd-", suffix=".txt", delete=False) as file:
