@@ -2,8 +2,8 @@
 
 Both leave the token they choose on the device, so that nothing in the loop waits for it. Beside them stand the rates of
 the machine, measured in the same run: a pass cannot be faster than its matrix FLOPs at the rate of the best product,
-nor than its weights at the rate memory is read; an all-reduce costs what the process group takes for one of its size when
-nothing else is going on, and an emulated link what it is said to. Nothing overlaps.
+nor than its weights at the rate memory is read; an all-reduce costs what the process group takes for one of its size
+when nothing else is going on, and an emulated link what it is said to. Nothing overlaps.
 """
 
 import time

@@ -1,6 +1,6 @@
 """The library stays one that a person reads: its bounds, each raised only by a commit whose capability pays for it.
 
-They are lowered whenever there is less; 5,000 lines in 40 files, and scripts of 2,100, are what they are meant to reach.
+They are lowered whenever there is less; they are meant to reach 5,000 lines in 40 files, and scripts of 2,100.
 """
 
 import ast
