@@ -183,7 +183,7 @@ class Store:
             if not self.runs(condition):
                 mark = {"reproduction": name, "command": "reproduction"}
                 run = self.client.create_run(self.experiment, start, mark, name).info.run_id
-                self.client.set_terminated(run)
+                self.client.set_terminated(run, end_time=start)
                 if (oldest := self.runs(condition)[0].info.run_id) != run:
                     self.client.delete_run(run)
                 self.parents[reproduction] = oldest
