@@ -7,27 +7,26 @@ measured beside them, and a fourth is computed: what the rates of the machine, m
 
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from spd.checkpoint import SafetensorsFolder
 from spd.comm import Collective, Link, Shards
 from spd.config import ModelConfig, named_shape
-from spd.engines import Compiled, Eager, clock, described, floors, measure, passes
-from spd.errors import SPDError
-from spd.latency import communication
+from spd.engines import Compiled, Eager, clock, floors, measure
+from spd.errors import SPDError, one_of
 from spd.launch import Runtime, bar, cores, nccl_settings, spawn
+from spd.machines import Pass, check_length, communication, link_all_reduce, timed_passes
 from spd.model import Transformer
 from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
 from spd.pretrained import SPDModel, describe, display_name, resolve
 from spd.records import hardware
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, TRANSPORTS, SharedMemory
-
-BOUNDS = ("all_full", "all_attention_dropped", "no_communication")
 
 
 @dataclass(frozen=True)
@@ -50,75 +49,74 @@ class BenchSettings:
     transport: str | None = None  # of the processes started here; left out: shared memory where it works
 
 
+class Case(NamedTuple):
+    """A plan, and whether its collectives are left out."""
+
+    plan: Plan
+    silent: bool = False
+
+
 @dataclass
-class _Sample:
+class Sample:
+    """One repetition of a case."""
+
     ttft: float  # seconds
     tpot: float | None
     collectives: dict[str, Collective]  # of the prefill
 
+    @property
+    def communication(self) -> float:
+        """Seconds."""
+        return sum(spent.real_seconds + spent.emulated_seconds for spent in self.collectives.values())
 
-def bench(runtime: Runtime, settings: BenchSettings, progress: Callable[[int], None] = lambda n: None) -> dict:
+
+def cases_of(settings: BenchSettings) -> tuple[list[Case], dict[str, Case]]:
+    """The plans asked for, and the bounds that are always beside them."""
+    plans = [Case(Plan.from_letters(letters)) for letters in settings.plans]
+    blocks = len(plans[0].plan)
+    full, dropped = Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks))
+    bounds = {"all_full": Case(full), "all_attention_dropped": Case(dropped), "no_communication": Case(full, True)}
+    return plans, bounds
+
+
+def bench(runtime: Runtime, settings: BenchSettings) -> dict:
     """Times the plans and the bounds on this process group; every process must call it.
 
-    Returns:
-        `plans` and `bounds`, each with `ttft_ms`, `tpot_ms`, the prefill's `communication_ms` and, of the repetition
-        with the median TTFT, its `collectives` by sync point, the `floor` that the `rates` allow it, and, where it
-        removes all-reduces, `saved`: the TTFT it saves beside the time that those all-reduces take when everything is
-        full.
+    Gives `plans` and `bounds`, each with `ttft_ms`, `tpot_ms`, the prefill's `communication_ms` and, of the repetition
+    with the median TTFT, its `collectives` by sync point, the `floor` that the `rates` allow it, and, where it removes
+    all-reduces, `saved`: the TTFT it saves beside the time that those all-reduces take when everything is full.
 
-    Raises:
-        SPDError: a shape or model that cannot be split over the processes, or a prompt beyond its positions.
+    With `share_of` instead `share`, rank 0's shard timed by itself without communication, and the plans `predicted`:
+    its times, and their all-reduces by the link's formula.
     """
-    if settings.link is not None and runtime.device != "cpu" and settings.share_of is None:
+    alone = settings.share_of is not None
+    if settings.link is not None and runtime.device != "cpu" and not alone:
         raise SPDError("An emulated link is waited for on the CPU; on GPUs the real link is measured.")
+    model = _model(runtime, settings).transformer
+    check_length(model.config, settings.prompt_len, settings.new_tokens)
+    plans, bounds = cases_of(settings)
+    # A plan that is a bound is timed once.
+    cases = [bounds["no_communication"]] if alone else list(dict.fromkeys([*plans, *bounds.values()]))
+    with bar((settings.repeats + settings.warmup) * len(cases), "timings", shown=runtime.is_main) as progress:
+        samples = dict(zip(cases, _interleaved(model, cases, settings, progress), strict=True))
+    sizes = settings.batch, settings.prompt_len, settings.new_tokens, model.embedding.weight.element_size()
+    passes = timed_passes(model.config, model.shards.tp, *sizes)
+    rates = measure(model, passes)
+    rows = {}
+    for case, taken in samples.items():
+        syncs = 0 if case.silent else case.plan.syncs()
+        floor = {"floor": floors(rates, passes, model.shards.link, syncs)}
+        rows[case] = _row(case, taken) | floor | saved(samples.get(bounds["all_full"], taken), taken)
+    found = {"rates": rates.document()}
+    if alone:
+        (share,) = rows.values()
+        return found | {"share": share, "predicted": [_predicted(share, passes, model.shards.link, c) for c in plans]}
+    named = {name: rows[case] for name, case in bounds.items()}
+    return found | {"plans": [rows[case] for case in plans], "bounds": named}
+
+
+def _model(runtime: Runtime, settings: BenchSettings) -> SPDModel:
     link = Link.parse(settings.link) if settings.link else None
-    model = _model(runtime, settings, link).transformer
-    _check_length(model, settings)
-    if settings.share_of is not None:
-        return _share(model, settings, progress)
-    plans, bounds = _cases(settings)
-    cases = list(dict.fromkeys(plans + bounds))  # a plan that is a bound is timed once
-    samples = dict(zip(cases, _interleaved(model, cases, settings, progress), strict=True))
-    rates = measure(model, settings.batch, settings.prompt_len)
-    rows = {case: _row(*case, taken) | _gained(samples[bounds[0]], taken) for case, taken in samples.items()}
-    for (plan, silent), row in rows.items():
-        syncs = 0 if silent else plan.syncs()
-        row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, syncs)
-    return {
-        "rates": described(rates),
-        "plans": [rows[case] for case in plans],
-        "bounds": {name: rows[case] for name, case in zip(BOUNDS, bounds, strict=True)},
-    }
-
-
-def _cases(settings: BenchSettings) -> tuple[list, list]:
-    """The plans asked for, and those of the `BOUNDS`, each with whether its collectives are left out."""
-    plans = [Plan.from_letters(letters) for letters in settings.plans]
-    blocks = len(plans[0])
-    full, dropped = Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks))
-    return [(plan, False) for plan in plans], [(full, False), (dropped, False), (full, True)]
-
-
-def _share(model: Transformer, settings: BenchSettings, progress: Callable[[int], None]) -> dict:
-    """Rank 0's shard timed by itself, without communication; the all-reduces of the plans by the link's formula."""
-    (taken,) = _interleaved(model, [(Plan.full(model.config.num_blocks), True)], settings, progress)
-    rates = measure(model, settings.batch, settings.prompt_len)
-    row = _row(Plan.full(model.config.num_blocks), True, taken)
-    row["floor"] = floors(rates, model, settings.batch, settings.prompt_len, settings.new_tokens, 0)
-    predicted = [{"plan": letters, **_with_link(model, settings, row, Plan.from_letters(letters).syncs())}
-                 for letters in settings.plans]  # fmt: skip
-    return {"share": row, "predicted": predicted, "rates": described(rates)}
-
-
-def _with_link(model: Transformer, settings: BenchSettings, row: dict, syncs: int) -> dict:
-    """A timed shard's medians with `syncs` all-reduces over the link added, and these alone (ms)."""
-    found = {kind: 1e3 * communication(a_pass, model.shards.link, syncs) for kind, a_pass in
-             passes(model, settings.batch, settings.prompt_len, settings.new_tokens).items()}  # fmt: skip
-    times = {f"{kind}_ms": row[f"{kind}_ms"]["median"] + ms for kind, ms in found.items() if row[f"{kind}_ms"]}
-    return times | {"communication_ms": {f"{kind}_ms": ms for kind, ms in found.items()}}
-
-
-def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDModel:
     shards = runtime.shards(runtime.world, link)
     if settings.share_of is not None:
         shards = Shards(settings.share_of, 0, settings.share_of, link=link, silent=True)
@@ -128,20 +126,16 @@ def _model(runtime: Runtime, settings: BenchSettings, link: Link | None) -> SPDM
     return SPDModel.from_pretrained(settings.model, **where)
 
 
-def _check_length(model: Transformer, settings: BenchSettings) -> None:
-    total, positions = settings.prompt_len + settings.new_tokens, model.config.max_positions
-    if total > positions:
-        raise SPDError(
-            f"{settings.prompt_len} + {settings.new_tokens} tokens exceed the model's {positions} positions."
-        )
-
-
 @torch.no_grad()
-def _interleaved(model: Transformer, cases: list, settings: BenchSettings, progress) -> list[list[_Sample]]:
+def _interleaved(model: Transformer, cases: list[Case], settings: BenchSettings, progress) -> list[list[Sample]]:
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_len)
     prompt = torch.randint(model.config.vocab_size, size, generator=generator).to(model.embedding.weight.device)
-    engines = _engines(model, cases, prompt, settings)
+    engines = [Eager(model, prompt, settings.new_tokens)] * len(cases)
+    if settings.compile:
+        for i, case in enumerate(cases):
+            model.plan, model.shards.silent = case
+            engines[i] = Compiled(model, prompt, settings.new_tokens)
     samples = [[] for _ in cases]
     shuffled = random.Random(settings.seed)  # the same order on every process
     for repeat in range(settings.warmup + settings.repeats):
@@ -154,17 +148,7 @@ def _interleaved(model: Transformer, cases: list, settings: BenchSettings, progr
     return samples
 
 
-def _engines(model: Transformer, cases: list, prompt: torch.Tensor, settings: BenchSettings) -> list:
-    """One for all cases, or one for each, compiled for its plan."""
-    if not settings.compile:
-        return [Eager(model, prompt, settings.new_tokens)] * len(cases)
-    made = []
-    for model.plan, model.shards.silent in cases:
-        made.append(Compiled(model, prompt, settings.new_tokens))
-    return made
-
-
-def _once(engine: Eager | Compiled, new_tokens: int) -> _Sample:
+def _once(engine: Eager | Compiled, new_tokens: int) -> Sample:
     """One prefill up to the first token's choice, then `new_tokens` decode steps."""
     shards, prompt = engine.model.shards, engine.prompt
     shards.align()
@@ -176,57 +160,28 @@ def _once(engine: Eager | Compiled, new_tokens: int) -> _Sample:
     for _ in range(new_tokens):
         engine.decode()
     last = clock(prompt)
-    return _Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
+    return Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
 
 
-def _row(plan: Plan, silent: bool, samples: list[_Sample]) -> dict:
+def _row(case: Case, samples: Sequence[Sample]) -> dict:
+    # The collectives are those of the (lower) median TTFT: a part of a time that was really taken.
+    typical = sorted(samples, key=lambda s: s.ttft)[(len(samples) - 1) // 2]
     return {
-        "plan": str(plan),
-        "blocks_dropped": len(plan.dropped()),
-        "communicates": not silent,
+        "plan": str(case.plan),
+        "blocks_dropped": len(case.plan.dropped()),
+        "communicates": not case.silent,
         "ttft_ms": spread([s.ttft for s in samples]),
         "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
-        "communication_ms": spread([sum(map(_waited, s.collectives.values())) for s in samples]),
-        "collectives": {point: _collective(c) for point, c in _typical(samples).collectives.items()},
-    }
-
-
-def _waited(spent: Collective) -> float:
-    return spent.real_seconds + spent.emulated_seconds
-
-
-def _gained(full: list[_Sample], samples: list[_Sample]) -> dict:
-    """TTFT saved against `full` of the same repetition, and the time in it of the all-reduces left out; medians.
-
-    Nothing where no all-reduce is left out, or where none is timed (GPUs).
-    """
-    removed = statistics.median(_removed(*pair) for pair in zip(full, samples, strict=True))
-    if removed <= 0:
-        return {}
-    saved = statistics.median(f.ttft - s.ttft for f, s in zip(full, samples, strict=True))
-    return {"saved": {"saved_ms": 1e3 * saved, "removed_ms": 1e3 * removed, "share": saved / removed}}
-
-
-def _removed(full: _Sample, sample: _Sample) -> float:
-    """Seconds that the all-reduces missing in `sample` took in `full`, by the mean of their sync point."""
-    seconds = 0.0
-    for point, spent in full.collectives.items():
-        left = sample.collectives.get(point, Collective()).count
-        seconds += (spent.count - left) / spent.count * _waited(spent)
-    return seconds
-
-
-def _typical(samples: list[_Sample]) -> _Sample:
-    """The sample of the (lower) median TTFT: its communication is a part of a time that was really taken."""
-    return sorted(samples, key=lambda s: s.ttft)[(len(samples) - 1) // 2]
-
-
-def _collective(spent: Collective) -> dict:
-    return {
-        "count": spent.count,
-        "bytes": spent.bytes,
-        "real_ms": 1e3 * spent.real_seconds,
-        "emulated_ms": 1e3 * spent.emulated_seconds,
+        "communication_ms": spread([s.communication for s in samples]),
+        "collectives": {
+            point: {
+                "count": c.count,
+                "bytes": c.bytes,
+                "real_ms": 1e3 * c.real_seconds,
+                "emulated_ms": 1e3 * c.emulated_seconds,
+            }
+            for point, c in typical.collectives.items()
+        },
     }
 
 
@@ -241,105 +196,100 @@ def spread(seconds: list[float]) -> dict:
     }
 
 
-def plans_to_time(
-    model: str | None,
-    shape: str | None,
-    tp: int,
-    plans: list[Path],
-    drops: list[str],
-    sensitivity: Path | None,
-    percentages: list[float] | None,
-) -> tuple[tuple[str, ...], dict]:
-    """Letters of the plans asked for, duplicates removed, and a description of the model they are for.
+def saved(full: Sequence[Sample], samples: Sequence[Sample]) -> dict:
+    """TTFT saved against `full` of the same repetition, and the time in it of the all-reduces left out; medians.
 
-    Raises:
-        SPDError: not exactly one of model and shape, or a plan that does not fit.
+    That time is the mean of their sync point. Nothing where no all-reduce is left out, or none is timed (GPUs).
     """
+    ttft, removed = [], []
+    for one, other in zip(full, samples, strict=True):
+        left = {point: other.collectives.get(point, Collective()).count for point in one.collectives}
+        spent = {p: (c.real_seconds + c.emulated_seconds) / c.count for p, c in one.collectives.items()}
+        removed.append(sum((c.count - left[p]) * spent[p] for p, c in one.collectives.items()))
+        ttft.append(one.ttft - other.ttft)
+    gained, gone = statistics.median(ttft), statistics.median(removed)
+    return {"saved": {"saved_ms": 1e3 * gained, "removed_ms": 1e3 * gone, "share": gained / gone}} if gone > 0 else {}
+
+
+def _predicted(share: dict, passes: dict[str, Pass], link: Link, case: Case) -> dict:
+    """A timed shard's medians with a plan's all-reduces over the link added, and these alone (ms)."""
+    added = {
+        f"{kind}_ms": 1e3 * communication(a_pass, link_all_reduce(link, a_pass.tp), case.plan.syncs())
+        for kind, a_pass in passes.items()
+    }
+    times = {kind: share[kind]["median"] + ms for kind, ms in added.items() if share[kind]}
+    return {"plan": str(case.plan), **times, "communication_ms": added}
+
+
+def describe_timed(model: str | None, shape: str | None, tp: int) -> dict:
+    """What a record says of the model to time, exactly one of a checkpoint and a named shape."""
     if (model is None) == (shape is None):
         raise SPDError("Give either --model (a checkpoint) or --shape (random weights).")
-    if shape is not None and plans:
-        raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
-    config, described = _describe(model, shape)
+    if shape is not None:
+        config, folder = named_shape(shape), None
+        name, fingerprint = f"{shape} (random weights)", f"random-{shape}"
+    else:
+        folder = resolve(model)
+        config, weights, name = ModelConfig.from_folder(folder), SafetensorsFolder(folder), display_name(model)
+        weights.validate(config)
+        fingerprint = weights.fingerprint(config)
     config.validate_tp(tp)
-    blocks = config.num_blocks
-    chosen = [read_plan(path, described["fingerprint"], tp, blocks) for path in plans]
+    return describe(config, name, fingerprint, folder)
+
+
+def plans_to_time(
+    described: dict,
+    tp: int,
+    files: Sequence[Path] = (),
+    drops: Sequence[str] = (),
+    sensitivity: Path | None = None,
+    percentages: list[float] | None = None,
+) -> tuple[str, ...]:
+    """Letters of the plans asked for, duplicates removed, for the model that `describe_timed` describes."""
+    blocks, fingerprint = described["blocks"], described["fingerprint"]
+    if files and fingerprint.startswith("random-"):
+        raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
+    chosen = [read_plan(path, fingerprint, tp, blocks) for path in files]
     chosen += [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
     if sensitivity is not None:
-        values = read_sensitivity(sensitivity, described["fingerprint"])["sensitivity"]
+        values = read_sensitivity(sensitivity, fingerprint)["sensitivity"]
         chosen += plans_by_percentage(values, percentages).values()
     elif percentages is not None:  # which blocks they are changes no timing
         chosen += plans_by_percentage([0.0] * blocks, percentages).values()
-    return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)])), described
-
-
-def _describe(model: str | None, shape: str | None) -> tuple[ModelConfig, dict]:
-    if shape is not None:
-        config, name, fingerprint = named_shape(shape), f"{shape} (random weights)", f"random-{shape}"
-        folder = None
-    else:
-        folder = resolve(model)
-        config, name = ModelConfig.from_folder(folder), display_name(model)
-        weights = SafetensorsFolder(folder)
-        weights.validate(config)
-        fingerprint = weights.fingerprint(config)
-    return config, describe(config, name, fingerprint, folder)
+    return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)]))
 
 
 def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
-    """`bench` on the processes of a launcher, or on `tp` processes started here (CPU), with what was timed.
-
-    Raises:
-        SPDError: tp differs from the launcher's processes, or GPUs without a launcher.
-    """
-    _check_share(runtime, tp, settings)
+    """`bench` on the processes of a launcher, or on `tp` processes started here (CPU), with what was timed."""
+    alone = settings.share_of is not None
+    if alone and (settings.link is None or runtime.world > 1 or tp == 1):
+        raise SPDError("One shard alone is timed in one process, with --tp above 1 and the --link to predict over.")
     if runtime.world > 1 and runtime.world != tp:
         raise SPDError(
             f"Latency is only measured with one shard a process: tp={tp}, and there are {runtime.world} processes."
         )
-    alone = settings.share_of is not None
-    if runtime.world == 1 and tp > 1 and runtime.device != "cpu" and not alone:
-        raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
     here = runtime.world > 1 or tp == 1 or alone
+    if not here and runtime.device != "cpu":
+        raise SPDError(f"On GPUs start it as 'torchrun --nproc-per-node {tp} -m spd bench ...'.")
     if not here and tp > cores():
         raise SPDError(
             f"{tp} processes on {cores()} cores would time nothing but their waiting; use at most {cores()}."
         )
     transport = chosen_transport(settings.transport, here)
-    measured = with_bar(runtime, settings) if here else spawn(tp, with_bar, settings, transport=transport)
-    setting = {"tp": tp, "world": 1 if alone else tp, "batch": settings.batch, "prompt_len": settings.prompt_len,
-               "new_tokens": settings.new_tokens, "link": settings.link, "dtype": settings.dtype,
-               "compile": settings.compile, "transport": None if tp == 1 or alone else transport}  # fmt: skip
+    measured = bench(runtime, settings) if here else spawn(tp, bench, settings, transport=transport)
+    setting = {"tp": tp, "world": 1 if alone else tp, "transport": None if tp == 1 or alone else transport}
+    asked = ("batch", "prompt_len", "new_tokens", "link", "dtype", "compile")
+    setting |= {name: getattr(settings, name) for name in asked}
     if runtime.device != "cpu":
         setting["nccl"] = nccl_settings()
     return setting | measured | {"hardware": hardware()}
 
 
 def chosen_transport(asked: str | None, launched: bool = False) -> str:
-    """What processes that time themselves talk through: shared memory, if they are started here and it works here.
-
-    Raises:
-        SPDError: a transport that is unknown, or that does not work here.
-    """
+    """What processes that time themselves talk through: shared memory, if they are started here and it works here."""
     works = not launched and SharedMemory.works_here()
     if asked is None:
         return SHARED_MEMORY if works else PROCESS_GROUP
-    if asked not in TRANSPORTS:
-        raise SPDError(f"Unknown transport '{asked}'; known: {', '.join(TRANSPORTS)}.")
-    if asked == SHARED_MEMORY and not works:
+    if one_of("transport", asked, TRANSPORTS) == SHARED_MEMORY and not works:
         raise SPDError("Shared memory joins processes that spd itself starts (--tp on CPU), on x86-64 processors.")
     return asked
-
-
-def _check_share(runtime: Runtime, tp: int, settings: BenchSettings) -> None:
-    """Raises SPDError unless what `--alone` needs is there, where it is asked for."""
-    if settings.share_of is not None and (settings.link is None or runtime.world > 1 or tp == 1):
-        raise SPDError("One shard alone is timed in one process, with --tp above 1 and the --link to predict over.")
-
-
-def with_bar(runtime: Runtime, settings: BenchSettings) -> dict:
-    """`bench`, showing progress on the process that is_main."""
-    plans, bounds = _cases(settings)
-    cases = 1 if settings.share_of is not None else len({*plans, *bounds})
-    total = (settings.repeats + settings.warmup) * cases
-    with bar(total, "timings", shown=runtime.is_main) as done:
-        return bench(runtime, settings, done)

@@ -208,12 +208,11 @@ def bench(session: Session) -> None:
 
     Beside them stand three bounds: everything full, every attention sync dropped, no communication at all.
     """
-    from spd.bench import BenchSettings, plans_to_time, run
+    from spd.bench import BenchSettings, describe_timed, plans_to_time, run
 
     o = session.options
-    letters, described = plans_to_time(
-        o.model, o.shape, o.tp, o.plan or [], o.drop or [], o.sensitivity, floats(o.percentages)
-    )
+    described = describe_timed(o.model, o.shape, o.tp)
+    letters = plans_to_time(described, o.tp, o.plan or [], o.drop or [], o.sensitivity, floats(o.percentages))
     settings = BenchSettings(
         letters, o.model, o.shape, o.batch, o.prompt_len, o.new_tokens, o.link, o.repeats, dtype=o.dtype, seed=o.seed,
         compile=o.compile, share_of=o.tp if o.alone else None, transport=o.transport,

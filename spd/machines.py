@@ -1,23 +1,34 @@
-"""What one forward pass does on one shard, and machines that passes are timed on: named GPUs, or fitted ones."""
+"""What a pass does on one shard, and what puts a time on it: machines, and the all-reduces that join them.
+
+A `Pass` counts operators with their FLOPs and bytes from the shape, under the names of `profiles/layer_ops_a100.csv`,
+and knows no machine. A `Machine` puts a time on an operator: its work at the machine's unit costs, over an efficiency.
+For named GPUs the unit costs are the data sheet's peaks and the efficiency is what the A100 operator table shows (see
+`profiles/README.md`): exact on the table's rows, interpolated between them. For a calibrated machine the costs are
+fitted and the efficiency is 1. An all-reduce is a function from bytes to seconds, made for a number of processes.
+"""
 
 import csv
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from spd.comm import Link
 from spd.config import SHAPES, ModelConfig
-from spd.errors import SPDError
+from spd.errors import SPDError, one_of
 
+PROFILES = Path(__file__).parent / "profiles"
+# Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
+# in size), the gate and up projection for the head.
+STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}
+TABLE_MODELS = {"Llama-2-7b-hf": "llama2-7b", "Llama-2-70b-hf": "llama2-70b"}
 MATRIX = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "head")  # the others but attention are pointwise
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Counted work, which machines put a time on. Sums and multiples of work are work."""
 
     operators: float = 0.0  # kernels of the fused kind that the operator table lists
@@ -27,13 +38,10 @@ class Work:
     activation_bytes: float = 0.0  # activations and key/value cache, read and written
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __mul__(self, times: float) -> "Work":
-        return Work(*(times * a for a in self.values()))
-
-    def values(self) -> tuple[float, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return Work(*(times * a for a in self))
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of a shape on each of `tp` shards: a prefill, or a decode step with `tokens` = 1."""
+    """One forward pass of a shape on each of `tp` shards: a prefill, or a decode step with `tokens` = 1.
+
+    `batch` sequences of `tokens` new tokens each; a shard has its part of the heads and of the MLP's neurons.
+    """
 
     config: ModelConfig
     tp: int
@@ -69,17 +80,13 @@ class Pass:
         """Bytes of one all-reduce."""
         return self.rows * self.config.hidden_size * self.element_size
 
-    @property
-    def logits(self) -> int:
-        """Bytes of the last tokens' logits, which one all-gather joins."""
-        return self.batch * self.config.vocab_size * self.element_size
-
     def collectives(self, syncs: int) -> list[tuple[int, float]]:
         """How many all-reduces of how many bytes a pass with `syncs` of them takes; none at all without them.
 
         The last, on a ring, stands for the all-gather of the logits: those bytes go round once, and not twice.
         """
-        return [(syncs, self.payload), (1, self.logits / 2)] if syncs else []
+        logits = self.batch * self.config.vocab_size * self.element_size
+        return [(syncs, self.payload), (1, logits / 2)] if syncs else []
 
     def block(self) -> list[Operator]:
         """A decoder block's operators in the order they run; each of the two residual additions is one."""
@@ -111,10 +118,14 @@ class Pass:
             self._matrix("head", self.batch, d, part),
         ]
 
+    def operators(self) -> list[tuple[Operator, int]]:
+        """All operators, and how often each runs."""
+        blocks = [(operator, self.config.num_blocks) for operator in self.block()]
+        return blocks + [(operator, 1) for operator in self.ends()]
+
     def work(self) -> Work:
         """Of the whole pass."""
-        block = sum((operator.work for operator in self.block()), Work())
-        return block * self.config.num_blocks + sum((operator.work for operator in self.ends()), Work())
+        return sum((operator.work * times for operator, times in self.operators()), Work())
 
     def _matrix(self, name: str, rows: int, inputs: int, outputs: int) -> Operator:
         weights = inputs * outputs * self.element_size
@@ -132,11 +143,19 @@ class Pass:
         return Operator("attention", Work(1, flops, 0, 0, (2 * self.rows * q + cache) * self.element_size), self.rows)
 
 
-PROFILES = Path(__file__).parent / "profiles"
-# Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
-# in size), the gate and up projection for the head.
-STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}
-TABLE_MODELS = {"Llama-2-7b-hf": "llama2-7b", "Llama-2-70b-hf": "llama2-70b"}
+def timed_passes(
+    config: ModelConfig, tp: int, batch: int, prompt_len: int, new_tokens: int, element_size: int
+) -> dict[str, Pass]:
+    """What `bench` times: as `ttft` the prefill, as `tpot` the mean decode step, each of which sees one more token."""
+    past = prompt_len + (max(1, new_tokens) - 1) / 2
+    prefill = Pass(config, tp, batch, prompt_len, 0, element_size)
+    return {"ttft": prefill, "tpot": Pass(config, tp, batch, 1, past, element_size)}
+
+
+def check_length(config: ModelConfig, prompt_len: int, new_tokens: int) -> None:
+    """A mistake where a prompt and what is decoded after it exceed the shape's positions."""
+    if prompt_len + new_tokens > config.max_positions:
+        raise SPDError(f"{prompt_len} + {new_tokens} tokens exceed the model's {config.max_positions} positions.")
 
 
 @dataclass(frozen=True)
@@ -150,37 +169,7 @@ class Costs:
     activation_byte: float
 
     def seconds(self, work: Work) -> float:
-        return sum(cost * amount for cost, amount in zip(vars(self).values(), work.values(), strict=True))
-
-
-@dataclass(frozen=True)
-class Efficiencies:
-    """Reference time over measured time of each operator on a grid of model, tp and tokens."""
-
-    costs: Costs  # of the GPU that was measured
-    tps: tuple[int, ...]
-    tokens: tuple[int, ...]
-    grids: Mapping[str, Mapping[str, np.ndarray]] = field(repr=False)  # operator, model: (tp, tokens)
-
-    def of(self, operator: Operator, tp: int) -> float:
-        """Interpolated in the logarithms of tokens, tp and the operator's reference time; constant beyond the table."""
-        name = STAND_INS.get(operator.name, operator.name)
-        sizes, values = [], []
-        for model, grid in self.grids[name].items():
-            sizes.append(self.costs.seconds(_operator(model, tp, operator.tokens, name).work))
-            along_tokens = [_interpolate(operator.tokens, self.tokens, row) for row in grid]
-            values.append(_interpolate(tp, self.tps, along_tokens))
-        return _interpolate(self.costs.seconds(operator.work), sizes, values)
-
-
-def _interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Linear in log x; the nearest value beyond the ends."""
-    return float(np.interp(np.log(at), np.log(xs), ys))
-
-
-def _operator(model: str, tp: int, tokens: int, name: str) -> Operator:
-    one = Pass(SHAPES[model], tp, tokens=tokens)
-    return next(operator for operator in [*one.block(), *one.ends()] if operator.name == name)
+        return sum(cost * amount for cost, amount in zip(vars(self).values(), work, strict=True))
 
 
 @dataclass(frozen=True)
@@ -191,124 +180,75 @@ class Machine:
     costs: Costs
     element_size: int = 2  # bytes
     launch: float = 0.0  # seconds an operator
-    efficiencies: Efficiencies | None = field(default=None, repr=False)
+    tabled: bool = False  # whether operators take the A100 table's efficiencies
 
     def seconds(self, operator: Operator, tp: int) -> float:
         """On the device, launch left out."""
-        reference = self.costs.seconds(operator.work)
-        return reference if self.efficiencies is None else reference / self.efficiencies.of(operator, tp)
-
-
-class AllReduce(Protocol):
-    """Anything that says how long an all-reduce of `payload` bytes over `participants` takes, as `comm.Link` does."""
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float: ...
-
-
-@dataclass(frozen=True)
-class MeasuredAllReduce:
-    """Times by size, interpolated in the logarithms of both; beyond the sizes: the least time, the last bandwidth."""
-
-    name: str
-    payloads: tuple[float, ...]
-    seconds: tuple[float, ...]
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float:
-        if participants == 1 or payload == 0:
-            return 0.0
-        if payload > self.payloads[-1]:
-            return self.seconds[-1] * payload / self.payloads[-1]
-        return float(np.exp(_interpolate(payload, self.payloads, np.log(self.seconds))))
-
-    @property
-    def latency(self) -> float:
-        """The least time of any size, seconds."""
-        return min(self.seconds)
-
-
-@dataclass(frozen=True)
-class FittedAllReduce:
-    """A calibration's: one latency a degree, one cost of a byte that the ring moves."""
-
-    latencies: Mapping[int, float]  # seconds
-    ring_byte: float  # seconds
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float:
-        if participants == 1:
-            return 0.0
-        if participants not in self.latencies:
-            known = ", ".join(map(str, sorted(self.latencies))) or "none"
-            raise SPDError(f"The calibration has no all-reduce over tp={participants}; degrees calibrated: {known}.")
-        return self.latencies[participants] + ring_bytes(payload, participants) * self.ring_byte
-
-
-@dataclass(frozen=True)
-class Both:
-    """Two all-reduces one after the other: the real one and an emulated link."""
-
-    first: AllReduce
-    second: AllReduce
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float:
-        return sum(one.all_reduce_seconds(payload, participants) for one in (self.first, self.second))
-
-
-@dataclass(frozen=True)
-class Slower:
-    """The slower of two hops, which sets a ring's pace."""
-
-    first: AllReduce
-    second: AllReduce
-
-    def all_reduce_seconds(self, payload: float, participants: int) -> float:
-        return max(one.all_reduce_seconds(payload, participants) for one in (self.first, self.second))
-
-
-def ring_bytes(payload: float, participants: int) -> float:
-    """Bytes that a ring moves over its slowest hop: 2 (n-1)/n of the payload."""
-    return 2 * (participants - 1) / participants * payload
+        return self.costs.seconds(operator.work) / (efficiency(operator, tp) if self.tabled else 1)
 
 
 def gpu(name: str, launch: float = 0.0) -> Machine:
-    """A named GPU, `launch` seconds an operator. Raises SPDError listing the known ones."""
-    row = _gpu_row(name)
-    return Machine(name, _peaks(row), 2, launch, _a100_efficiencies())
+    """A named GPU, `launch` seconds an operator."""
+    return Machine(name, _peaks(name), launch=launch, tabled=True)
 
 
-def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> MeasuredAllReduce:
-    """NCCL's times over `tp` GPUs spread evenly over `nodes`.
+@cache
+def _peaks(gpu_name: str) -> Costs:
+    """Unit costs at the data sheet's peaks; no kernel is shorter than the shortest in the operator table."""
+    row, table = gpu_row(gpu_name), read_profile("layer_ops_a100")
+    byte = 1 / float(row["memory_bytes_per_second"])
+    shortest = min(float(r[key]) for r in table for key in r if key.endswith("_us"))
+    return Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte)
 
-    Raises:
-        SPDError: nothing was measured there, with the arrangements that were.
+
+@cache
+def efficiency(operator: Operator, tp: int) -> float:
+    """Time at an A100's peaks over measured time of an operator, from the table of models, tps and numbers of tokens.
+
+    Interpolated in the logarithms of tokens, tp and the operator's time at the peaks; constant beyond the table.
     """
-    system = _gpu_row(gpu_name)["all_reduce_system"]
-    tables = {key[1:]: table for key, table in _all_reduce_tables().items() if key[0] == system}
-    per_node = tp / nodes
-    if (tp, per_node) not in tables:
-        known = ", ".join(f"tp={w} on {w // d} node{'s' * (w > d)}" for w, d in tables) or "none"
-        raise SPDError(
-            f"No all-reduce table for {gpu_name} with tp={tp} on {nodes} node{'s' * (nodes > 1)} (measured: {known}); "
-            "give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us'."
-        )
-    sizes, seconds = zip(*tables[tp, per_node], strict=True)
-    return MeasuredAllReduce(f"NCCL measured on {system}, {nodes} x {tp // nodes}", sizes, seconds)
+    name, table = STAND_INS.get(operator.name, operator.name), read_profile("layer_ops_a100")
+    tps, tokens = (sorted({int(row[key]) for row in table}) for key in ("tp", "tokens"))
+    sizes, values = [], []
+    for label, shape in TABLE_MODELS.items():
+        rows = [[_tabled_efficiency(label, t, n, name) for n in tokens] for t in tps]
+        values.append(interpolate(tp, tps, [interpolate(operator.tokens, tokens, row) for row in rows]))
+        sizes.append(_peak_seconds(shape, tp, operator.tokens, name))
+    return interpolate(_peaks("a100").seconds(operator.work), sizes, values)
+
+
+@cache
+def _tabled_efficiency(label: str, tp: int, tokens: int, name: str) -> float:
+    at = label, str(tp), str(tokens)
+    row = next(r for r in read_profile("layer_ops_a100") if (r["model"], r["tp"], r["tokens"]) == at)
+    return _peak_seconds(TABLE_MODELS[label], tp, tokens, name) / (1e-6 * float(row[f"{name}_us"]))
+
+
+def _peak_seconds(shape: str, tp: int, tokens: int, name: str) -> float:
+    operators = Pass(SHAPES[shape], tp, tokens=tokens).operators()
+    return next(_peaks("a100").seconds(one.work) for one, _ in operators if one.name == name)
+
+
+def interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear in log x; the nearest value beyond the ends."""
+    return float(np.interp(np.log(at), np.log(xs), ys))
 
 
 def gpu_memory(name: str) -> float:
     """Bytes."""
-    return float(_gpu_row(name)["memory_bytes"])
+    return float(gpu_row(name)["memory_bytes"])
 
 
 def gpu_flops(name: str, dtype: str) -> float:
     """Peak of matrix products a second: in 16 bits; in float32, no shorter format inside; half of that in float64."""
-    row = _gpu_row(name)
-    if dtype in ("float32", "float64"):
-        return float(row["float32_flops"]) / (1 if dtype == "float32" else 2)
-    return float(row["matrix_flops"])
+    unit = "float32_flops" if dtype in ("float32", "float64") else "matrix_flops"
+    return float(gpu_row(name)[unit]) / (2 if dtype == "float64" else 1)
 
 
-def gpu_names() -> list[str]:
-    return [row["gpu"] for row in read_profile("gpus")]
+def gpu_row(name: str) -> dict[str, str]:
+    """What the profiles say of a named GPU."""
+    rows = {row["gpu"]: row for row in read_profile("gpus")}
+    return rows[one_of("GPU", name, rows)]
 
 
 @cache
@@ -318,43 +258,47 @@ def read_profile(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _gpu_row(name: str) -> dict[str, str]:
-    rows = {row["gpu"]: row for row in read_profile("gpus")}
-    if name not in rows:
-        raise SPDError(f"Unknown GPU '{name}'; known: {', '.join(rows)}.")
-    return rows[name]
+AllReduce = Callable[[float], float]  # seconds of one of so many bytes
 
 
-def _peaks(row: Mapping[str, str]) -> Costs:
-    """Unit costs at the data sheet's peaks; no kernel is shorter than the shortest in the operator table."""
-    byte = 1 / float(row["memory_bytes_per_second"])
-    shortest = min(float(r[key]) for r in read_profile("layer_ops_a100") for key in r if key.endswith("_us"))
-    return Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte)
+def link_all_reduce(link: Link, tp: int) -> AllReduce:
+    """A ring of `tp` whose slowest hop is `link`."""
+    return lambda payload: link.all_reduce_seconds(payload, tp)
 
 
-@cache
-def _a100_efficiencies() -> Efficiencies:
-    rows = read_profile("layer_ops_a100")
-    tps, tokens = (tuple(sorted({int(row[key]) for row in rows})) for key in ("tp", "tokens"))
-    costs = _peaks(_gpu_row("a100"))
-    grids: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for column in (key for key in rows[0] if key.endswith("_us")):
-        name = column.removesuffix("_us")
-        for label, model in TABLE_MODELS.items():
-            grid = np.empty((len(tps), len(tokens)))
-            for row in (r for r in rows if r["model"] == label):
-                tp, count = int(row["tp"]), int(row["tokens"])
-                reference = costs.seconds(_operator(model, tp, count, name).work)
-                grid[tps.index(tp), tokens.index(count)] = reference / (1e-6 * float(row[column]))
-            grids[name][model] = grid
-    return Efficiencies(costs, tps, tokens, grids)
+def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> AllReduce:
+    """NCCL's: the table interpolated in the logarithms of both; beyond it the least time, and the last bandwidth."""
+    sizes, seconds = all_reduce_table(gpu_name, tp, nodes)
+
+    def interpolated(payload: float) -> float:
+        if payload > sizes[-1]:
+            return seconds[-1] * payload / sizes[-1]
+        return float(np.exp(interpolate(payload, sizes, np.log(seconds))))
+
+    return interpolated
 
 
 @cache
-def _all_reduce_tables() -> dict[tuple[str, int, int], list[tuple[float, float]]]:
-    """(bytes, seconds) by (system, workers, workers of a node)."""
-    tables = defaultdict(list)
-    for row in read_profile("all_reduce_a100"):
-        key = row["system"], int(row["workers"]), int(row["devices_per_node"])
-        tables[key].append((float(row["bytes"]), 1e-6 * float(row["all_reduce_us"])))
-    return {key: sorted(table) for key, table in tables.items()}
+def all_reduce_table(gpu_name: str, tp: int, nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Bytes and seconds of NCCL's all-reduces over `tp` GPUs spread evenly over `nodes`."""
+    system = gpu_row(gpu_name)["all_reduce_system"]
+    rows = [row for row in read_profile("all_reduce_a100") if row["system"] == system]
+    of_row = [(int(row["workers"]), int(row["devices_per_node"])) for row in rows]
+    asked = [row for row, arrangement in zip(rows, of_row, strict=True) if arrangement == (tp, tp / nodes)]
+    if not asked:
+        known = ", ".join(f"tp={w} on {w // d} node{'s' * (w > d)}" for w, d in dict.fromkeys(of_row)) or "none"
+        raise SPDError(
+            f"No all-reduce table for {gpu_name} with tp={tp} on {nodes} node{'s' * (nodes > 1)} (measured: {known}); "
+            "give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us'."
+        )
+    return tuple(zip(*sorted((float(r["bytes"]), 1e-6 * float(r["all_reduce_us"])) for r in asked), strict=True))
+
+
+def ring_bytes(payload: float, participants: int) -> float:
+    """Bytes that a ring moves over its slowest hop: 2 (n-1)/n of the payload."""
+    return 2 * (participants - 1) / participants * payload
+
+
+def communication(a_pass: Pass, all_reduce: AllReduce, syncs: int) -> float:
+    """Seconds of a pass's collectives."""
+    return sum(n * all_reduce(payload) for n, payload in a_pass.collectives(syncs))

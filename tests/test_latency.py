@@ -17,6 +17,7 @@ from predict_paper import (
     figure7,
     fitted_launch,
     fitted_link,
+    lean_all_reduce,
     observations,
     predict_paper,
     prediction,
@@ -26,29 +27,28 @@ from predict_paper import (
 
 from spd.calibrate import (
     Calibration,
-    _worst_points,
     ask,
     fit,
+    fitted_all_reduce,
+    followed_by,
     observations_of,
-    over_link,
     profile,
     read_calibration,
     speedups,
     worst,
+    worst_points,
 )
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import Prediction, Setting, predict, syncs_at
+from spd.latency import Prediction, predict, syncs_at
 from spd.machines import (
     TABLE_MODELS,
     Costs,
-    FittedAllReduce,
     Machine,
     Pass,
-    Slower,
     gpu,
-    gpu_names,
+    link_all_reduce,
     measured_all_reduce,
     read_profile,
 )
@@ -104,15 +104,15 @@ def test_every_row_of_the_all_reduce_table_is_reproduced():
     for row in read_profile("all_reduce_a100"):
         name = {"a100_dgx": "a100", "a100_pairwise_nvlink": "a100-pairwise"}[row["system"]]
         workers, nodes = int(row["workers"]), int(row["workers"]) // int(row["devices_per_node"])
-        seconds = measured_all_reduce(name, workers, nodes).all_reduce_seconds(float(row["bytes"]), workers)
+        seconds = measured_all_reduce(name, workers, nodes)(float(row["bytes"]))
         assert 1e6 * seconds == pytest.approx(float(row["all_reduce_us"]), rel=1e-9)
 
 
 def test_between_sizes_an_all_reduce_lies_between_its_neighbours_and_beyond_them_keeps_the_bandwidth():
     table = measured_all_reduce("a100", 8, 2)
-    assert 462e-6 < table.all_reduce_seconds(3 << 20, 8) < 613e-6  # between 2 and 4 MiB
-    assert table.all_reduce_seconds(128 << 20, 8) == pytest.approx(2 * table.all_reduce_seconds(64 << 20, 8))
-    assert table.all_reduce_seconds(1, 8) == table.all_reduce_seconds(2048, 8)
+    assert 462e-6 < table(3 << 20) < 613e-6  # between 2 and 4 MiB
+    assert table(128 << 20) == pytest.approx(2 * table(64 << 20))
+    assert table(1) == table(2048)
 
 
 @pytest.mark.parametrize("tokens", [1, 128, 200, 8192])
@@ -129,20 +129,21 @@ def test_a_machine_with_higher_peaks_is_faster_and_a_launch_time_adds_up():
     one = Pass(SHAPES["llama2-7b"], 8, tokens=128)
     a100, h100 = ([gpu(name).seconds(o, 8) for o in one.block()] for name in ("a100", "h100"))
     assert all(new < old for new, old in zip(h100, a100, strict=True))
-    plain, slow = (Setting(SHAPES["llama2-7b"], gpu("a100", launch), TEN_GIGABYTES, 8) for launch in (0, 1e-5))
-    more = Prediction(slow).dropping("ttft", 0).total - Prediction(plain).dropping("ttft", 0).total
+    link = link_all_reduce(TEN_GIGABYTES, 8)
+    plain, slow = (Prediction(SHAPES["llama2-7b"], gpu("a100", launch), link, 8) for launch in (0, 1e-5))
+    more = slow.dropping("ttft", 0).total - plain.dropping("ttft", 0).total
     assert more == pytest.approx(1e-5 * (32 * 11 + 3))
 
 
 # ---------------------------------------------------------------- predictions
 
 
-def setting(shape="llama2-7b", link=TEN_GIGABYTES, tp=8, **more) -> Setting:
-    return Setting(SHAPES[shape], gpu("a100"), link, tp, **more)
+def predicted_over(link=TEN_GIGABYTES, shape="llama2-7b", tp=8, **more) -> Prediction:
+    return Prediction(SHAPES[shape], gpu("a100"), link_all_reduce(link, tp), tp, **more)
 
 
 def test_communication_is_the_ring_formula_times_the_sync_points():
-    predicted = Prediction(setting(batch=2, prompt_len=100))
+    predicted = predicted_over(batch=2, prompt_len=100)
     payload = 2 * 100 * 4096 * 2
     one = 20e-6 + 2 * 7 / 8 * payload / 10e9
     gather = 20e-6 + 7 / 8 * 2 * 32000 * 2 / 10e9
@@ -161,33 +162,31 @@ def test_sync_points_are_counted_as_the_engine_counts_them():
 
 @pytest.mark.parametrize("free", [Link(float("inf"), 0.0), Link.parse("1000000TBps,0us")])
 def test_over_a_free_link_dropping_gains_nothing(free):
-    result = predict(setting(link=free), 100)
+    result = predict(predicted_over(free), 100)
     assert result["communication_share"] == pytest.approx(0, abs=1e-6)
     assert result["speedup"] == pytest.approx(1, abs=1e-6)
 
 
 def test_one_gpu_communicates_nothing():
-    result = predict(setting(tp=1), 100)
+    result = predict(predicted_over(tp=1), 100)
     assert (result["communication_share"], result["reduction"], result["speedup"]) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("kind", ["ttft", "tpot"])
 def test_more_dropped_is_never_slower_nor_beyond_the_ceiling(kind):
-    predicted = Prediction(setting("llama2-70b"))
+    predicted = predicted_over(shape="llama2-70b")
     speedups = [predicted.compare(kind, percent)["speedup"] for percent in range(0, 101, 5)]
     assert speedups == sorted(speedups) and speedups[0] == 1
     assert speedups[-1] < predicted.bound(kind)["speedup"]
 
 
 def test_a_slower_link_makes_dropping_pay_more():
-    slow, fast = (predict(setting(link=Link.parse(f"{b}GBps,10us")), 70) for b in (5, 50))
+    slow, fast = (predict(predicted_over(Link.parse(f"{b}GBps,10us")), 70) for b in (5, 50))
     assert slow["speedup"] > fast["speedup"] and slow["communication_share"] > fast["communication_share"]
-    both = Slower(Link.parse("5GBps,10us"), Link.parse("50GBps,10us"))
-    assert predict(setting(link=both), 70) == slow
 
 
 def test_reduction_and_speedup_are_two_views_of_the_same_times():
-    result = predict(setting(), 70)
+    result = predict(predicted_over(), 70)
     full = result["all_full"]["ttft"]["ms"]
     assert result["reduction"] == pytest.approx(1 - result["ttft_ms"] / full)
     assert result["speedup"] == pytest.approx(full / result["ttft_ms"])
@@ -210,7 +209,7 @@ def test_an_answer_has_the_keys_scripts_rely_on_and_is_strict_json():
     ("options", "words"),
     [
         ({"shape": "llama2-8b"}, "llama2-7b, llama2-13b"),
-        ({"gpu_name": "b300"}, ", ".join(gpu_names())),
+        ({"gpu_name": "b300"}, ", ".join(row["gpu"] for row in read_profile("gpus"))),
         ({"link": "10Gbit"}, "'10GBps,20us'"),
         ({"percent": 101}, "between 0 and 100"),
         ({"tp": 3}, "valid: 1, 2, 4, 8"),
@@ -238,6 +237,14 @@ def test_fitted_links_fill_figure_2_and_the_stated_ones_do_not():
         assert row["stated_ms"] < row["fitted_ms"], name
     assert stated_link("1x8 LBW").bandwidth == 10e9
     assert fitted_link("1x8 LBW", 1.0).bandwidth < fitted_link("1x8 LBW").bandwidth < 10e9
+
+
+def test_over_slow_links_the_slower_of_the_table_and_the_stated_hop_sets_the_pace():
+    table, hop = measured_all_reduce("a100", 8, 1), link_all_reduce(stated_link("1x8 LBW"), 8)
+    slow, fast = lean_all_reduce("1x8 LBW"), lean_all_reduce("1x8 HBW")
+    small, large = 1 << 12, 1 << 26
+    assert slow(small) == table(small) > hop(small) and slow(large) == hop(large) > table(large)
+    assert fast(large) == table(large)
 
 
 @pytest.mark.parametrize("reading", ["reduction", "speedup"])
@@ -286,9 +293,9 @@ def test_the_report_draws_and_tables_the_record(tmp_path):
 
 def bench_record(shape="llama-125m", link=None, prompt_len=64, batch=1, tp=2, noise=1.0) -> dict:
     """A record as `bench` writes it, its times made by known costs: TTFT and TPOT are 0 % off if noise is 1."""
-    config, real = SHAPES[shape], FittedAllReduce({tp: 1e-3}, 1e-10)
+    config, real = SHAPES[shape], fitted_all_reduce({tp: 1e-3}, 1e-10, tp)
     machine = Machine("synthetic", COSTS, 4)
-    predicted = Prediction(Setting(config, machine, over_link(real, link), tp, batch, prompt_len, 16))
+    predicted = Prediction(config, machine, followed_by(real, link, tp), tp, batch, prompt_len, 16)
     blocks = config.num_blocks
 
     def row(plan: Plan, communicates: bool = True) -> dict:
@@ -350,8 +357,8 @@ def test_several_percentages_are_compared_and_the_last_is_the_answer():
 def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(profile(grid(links=(None,)))))
-    machine, own = read_calibration(path)
-    assert machine.element_size == 4 and own.all_reduce_seconds(0, 2) == pytest.approx(1e-3, rel=1e-3)
+    machine, own = read_calibration(path, 2)
+    assert machine.element_size == 4 and own(0) == pytest.approx(1e-3, rel=1e-3)
     result, _ = ask("llama-125m", 50, 2, calibration=path, link="10GBps,200us", prompt_len=64)
     made = bench_record(link="10GBps,200us")["result"]["plans"][0]
     assert result["ttft_ms"] == pytest.approx(made["ttft_ms"]["median"], rel=1e-3)
@@ -375,7 +382,7 @@ def test_speedups_are_of_plans_against_all_full_of_their_run():
     measured = [m for m, _ in found]
     assert len(found) == 6 and measured[1] == measured[4] == 1  # all full, of both runs
     assert measured[2] > measured[0] > measured[3] > 1 and measured[2] > measured[5]
-    assert _worst_points([]) is None
+    assert worst_points([]) is None
 
 
 def test_an_emulated_link_is_known_and_not_fitted():
@@ -401,9 +408,9 @@ def test_calibrations_refuse_what_does_not_belong_together(tmp_path):
     for text in ("{}", "no JSON", '{"spd_calibration": 1}'):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(SPDError, match="is not a calibration"):
-            read_calibration(tmp_path / "c.json")
+            read_calibration(tmp_path / "c.json", 2)
     with pytest.raises(SPDError, match="degrees calibrated: 2"):
-        FittedAllReduce({2: 1e-3}, 0).all_reduce_seconds(10, 4)
+        fitted_all_reduce({2: 1e-3}, 0, 4)
     with pytest.raises(SPDError, match="no measurements"):
         fit([])
 

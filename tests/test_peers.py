@@ -9,13 +9,14 @@ import torch
 from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
 
 from spd import Plan, SPDModel
-from spd.bench import BenchSettings, _gained, _Sample, run
+from spd.bench import BenchSettings, Sample, run, saved
 from spd.comm import Collective, Link, Shards
 from spd.config import SHAPES, ModelConfig
 from spd.engines import Compiled, Eager, Rates, floors
 from spd.errors import SPDError
 from spd.kernels import linear
 from spd.launch import Runtime, spawn
+from spd.machines import timed_passes
 from spd.model import Rotary, rotate
 from spd.records import make_record
 from spd.report import tables
@@ -137,23 +138,22 @@ def test_degrees_show_their_form(spec):
 
 
 def test_time_saved_is_compared_with_the_all_reduces_removed_of_the_same_repetition():
-    def sample(ttft: float, attention: int) -> _Sample:
+    def sample(ttft: float, attention: int) -> Sample:
         sums = {"mlp": Collective(4, 0, 0.4, 0.4)}
         if attention:
             sums["attention"] = Collective(attention, 0, 0.1 * attention, 0.2 * attention)
-        return _Sample(ttft, None, sums)
+        return Sample(ttft, None, sums)
 
     full, half, none = (sample(10.0, 4), sample(9.5, 2), sample(8.8, 0))
-    assert _gained([full], [half])["saved"] == pytest.approx({"saved_ms": 500, "removed_ms": 600, "share": 5 / 6})
-    assert _gained([full], [none])["saved"]["share"] == pytest.approx(1.0)
-    assert _gained([full], [full]) == {}
+    assert saved([full], [half])["saved"] == pytest.approx({"saved_ms": 500, "removed_ms": 600, "share": 5 / 6})
+    assert saved([full], [none])["saved"]["share"] == pytest.approx(1.0)
+    assert saved([full], [full]) == {}
 
 
 def test_bounds_are_work_over_rates_plus_the_sync_points():
-    shards = Shards(2, 0, 2, link=Link.parse("1GBps,1ms"))
-    model = SPDModel.random(TINY, "tiny", shards).transformer
     rates = Rates(flops=1e9, bytes=1e9, all_reduce={"ttft": 2e-3, "tpot": 1e-3}, all_gather=5e-4)
-    silent, kept = (floors(rates, model, 1, 16, 4, syncs) for syncs in (0, 6))
+    passes = timed_passes(TINY, 2, 1, 16, 4, 4)
+    silent, kept = (floors(rates, passes, Link.parse("1GBps,1ms"), syncs) for syncs in (0, 6))
     gather = 0.5 + 1 + 96 * 4 / 2 / 1e6  # the logits go round once
     assert kept["ttft_ms"] - silent["ttft_ms"] == pytest.approx(6 * (2 + 1 + 16 * 32 * 4 / 1e6) + gather)
     assert kept["tpot_communication_ms"] == pytest.approx(6 * (1 + 1 + 32 * 4 / 1e6) + gather)
