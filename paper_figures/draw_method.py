@@ -87,7 +87,7 @@ def transfer_figure(records: Sequence[Record]) -> Figure:
         ax.plot(claim["percent"], bottom.iloc[0] * (1 - claim["value"] / 100), "v", color="white", label=words,
                 markeredgecolor="0.15", markersize=9, zorder=5)  # fmt: skip
         ax.set(xlabel="blocks dropped (%)", ylabel="time of all all-reduces (ms)", xlim=(-2, 103), ylim=(0, None))
-        ax.legend(loc="lower left")
+        ax.legend(loc="upper right")
     caption = (
         "Time of the all-reduces of one prefill against the share of blocks that drop their attention sync point, as"
         f" measured: figure 2 of the paper in kind. {named(record)}, tp={record['tp']},"

@@ -192,8 +192,8 @@ def _accuracy_panel(ax: Axes, table: Table, label: str) -> None:
     full, chance = 100 * table.frame["acc_full"].iloc[-1], 100 * table.frame["chance"].iloc[-1]
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.1f} %")
     ax.axhline(chance, color="0.5", linestyle=":", linewidth=1, label=f"guessing: {chance:.1f} %")
-    ax.set(ylabel=label)
     axis_of_blocks(ax, number(table.records[-1], "model", "blocks"))
+    ax.set(ylabel=label, xlim=(-4, 104))  # room for the outermost markers
     ax.legend(loc="best")
 
 
