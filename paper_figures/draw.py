@@ -7,7 +7,7 @@ tables and `tables.md`; in Python, `tables(records)` gives its tables and `figur
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -19,7 +19,7 @@ from spd.report import COLOURS, STYLE, finish, plain, write_all
 from spd.tables import Record, Table, machine, model_of, newest, number, value
 
 __all__ = ["COLOURS", "MARKERS", "Record", "Table", "canvas", "finish", "legend", "machine", "main", "model_of",
-           "newest", "number", "plain", "run", "style", "unique", "value"]  # fmt: skip
+           "newest", "number", "plain", "run", "style", "value"]  # fmt: skip
 MARKERS = "osD^vP"
 
 
@@ -35,10 +35,6 @@ def canvas(width: float, height: float) -> Figure:
 def legend(figure: Figure, handles: list, columns: int) -> None:
     """One legend for all panels, over them."""
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def unique(rows: Iterable[dict], key: str) -> list:
-    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def main(

@@ -16,22 +16,20 @@ GIB = 2**30
 def tables(records: Sequence[Record]) -> list[Table]:
     """One table of all `ablate` records and one of all `table1` records (of one model, tp, text and plan the newest),
     and one of the newest `budget` record."""
-    ablated, compared, budget = (_newest(records, command) for command in ("ablate", "table1", "budget"))
-    makers = ((_ablation, ablated), (_table1, compared))
-    found = [make(chosen) for make, chosen in makers if chosen]
-    return [*found, *([_budget(newest(records, "budget"))] if budget else [])]
+    ablated, compared, budget = _newest(records, "ablate"), _newest(records, "table1"), newest(records, "budget")
+    makers = ((_ablation, ablated), (_table1, compared), (_budget, budget))
+    return [make(chosen) for make, chosen in makers if chosen]
 
 
 def _newest(records: Sequence[Record], command: str) -> dict[str, Record]:
-    return {command if command == "budget" else _subject(r): r for r in records if r["command"] == command}
-
-
-def _subject(record: Record) -> str:
-    text = Path(str(value(record, "data", "text"))).stem
-    letters = str(value(record, "plan")).split()
-    dropped, blocks = letters.count("DF"), len(letters)
-    where = "all blocks" if dropped == blocks else f"{dropped} of {blocks} blocks"
-    return f"{model_of(record)}, {text}, tp={value(record, 'tp')}, {where}"
+    """The newest record of each model, text, tp and number of dropped blocks, under these words."""
+    found = {}
+    for record in (r for r in records if r["command"] == command):
+        text, letters = Path(value(record, "data", "text")).stem, value(record, "plan").split()
+        dropped, blocks = letters.count("DF"), len(letters)
+        where = "all blocks" if dropped == blocks else f"{dropped} of {blocks} blocks"
+        found[f"{model_of(record)}, {text}, tp={value(record, 'tp')}, {where}"] = record
+    return found
 
 
 def _windows(chosen: Mapping[str, Record]) -> str:
@@ -79,10 +77,9 @@ def _table1(chosen: Mapping[str, Record]) -> Table:
 def _budget(record: Record) -> Table:
     result, rows = record["result"], []
     for row in value(record, "result", "rows"):
-        sizes = {"GPU": "device_bytes", "host": "host_bytes"}
         hours = f"{row['seconds'] / 3600:.1f}" if row["fits"] else "does not fit"
         rows.append({"model": row["model"], "GPUs": row["gpus"], "repair": row["repair"],
-                     **{f"GiB a {where}": row[key] / GIB for where, key in sizes.items()},
+                     "GiB a GPU": row["device_bytes"] / GIB, "GiB a host": row["host_bytes"] / GIB,
                      "GiB on disk": row["disk_bytes"] / GIB, "hours": hours})  # fmt: skip
     has = number(record, "result", "device_bytes") / GIB
     caption = (

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator
 from spd.calibrate import speedups
 
 TIMES = {"TTFT": (COLOURS[0], "o"), "TPOT": (COLOURS[1], "s")}
+COLUMNS = ["use", "model", "tp", "link", "batch", "prompt_len", "plan", "time", "measured_ms", "predicted_ms", "error"]
 ERROR_GOAL, POINTS_GOAL = 10, 3  # percent of the TTFT, percentage points of its speedup
 
 
@@ -20,9 +21,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
     record = newest(records, "profile")
     if record is None:
         return []
-    frame = pd.DataFrame(
-        [{"use": use, **row} for use, rows in value(record, "result", "errors").items() for row in rows]
-    )
+    errors = value(record, "result", "errors")
+    frame = pd.DataFrame([{"use": use, **row} for use, rows in errors.items() for row in rows], columns=COLUMNS)
     how = {"min": "Least", "median": "Median"}[record["result"].get("statistic", "median")]
     kinds = [(use, kind) for use in ("fitted", "checked") for kind in TIMES]
     worst = ", ".join(filter(None, (_worst(record, *kind) for kind in kinds)))
@@ -32,20 +32,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
         f" (shape only). Grey: within {ERROR_GOAL} %, and within {POINTS_GOAL} percentage points (of plans; the bound"
         f" without communication is left out). At worst: {worst}."
     )
-    columns = [
-        "use",
-        "model",
-        "tp",
-        "link",
-        "batch",
-        "prompt_len",
-        "plan",
-        "time",
-        "measured_ms",
-        "predicted_ms",
-        "error",
-    ]
-    return [Table("calibration", caption, frame.reindex(columns=columns), [record])]
+    return [Table("calibration", caption, frame, [record])]
 
 
 def _worst(record: Record, use: str, kind: str) -> str | None:

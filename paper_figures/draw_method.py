@@ -1,7 +1,4 @@
-"""The method in pictures, and figures 2, 4 and 6 of the paper on other models: records of `sensitivity` and `bench`.
-
-`block_figure()` is drawn of no record; `missing_figure(rows, model, tp)` of `spd.algebra.missing`.
-"""
+"""Figures 2, 4 and 6 of the paper on other models: records of `sensitivity` and `bench`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,19 +6,15 @@ from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-from draw import COLOURS, Record, Table, canvas, finish, machine, model_of, newest, number, plain, run, style, value
+from draw import Record, Table, canvas, finish, machine, model_of, newest, number, plain, run, style, value
 from ledger import classes_in, full_perplexity_of
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Patch
+from matplotlib.patches import Patch
 from reference import reference
 
 from spd.report import CLASS_COLOURS, CLASS_NAMES, PARTS
 from spd.tables import named, numbers, suffixed, timings
-
-BLUE, ORANGE, GREEN, *_ = COLOURS
-LANES, WIDTH, HEIGHT = (0.0, 3.4), 2.5, 0.8  # x of the devices drawn; size of a box
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -65,9 +58,6 @@ def _classes_caption(measured: Mapping[tuple, Record]) -> str:
         " perplexity points): figure 6 of the paper on other models. The perplexities themselves differ between models."
         f" Texts: {texts}; {len(measured)} records; {machine(next(iter(measured.values())))}."
     )
-
-
-# ---------------------------------------------------------------- figures 2, 4 and 6
 
 
 def transfer_figure(records: Sequence[Record]) -> Figure:
@@ -145,79 +135,6 @@ def map_figure(measured: Mapping[tuple[str, str, int], Record]) -> Figure:
         f" {machine(next(iter(measured.values())))}."
     )
     return finish(figure, caption, list(measured.values()))
-
-
-# ---------------------------------------------------------------- drawn of no record
-
-
-def missing_figure(rows: Sequence[Mapping], model: str, tp: int) -> Figure:
-    """Of `spd.algebra.missing`: how much of the MLP's input each block's shards would not see."""
-    with style():
-        figure = canvas(6.4, 3.6)
-        ax = figure.subplots()
-        ax.bar([row["block"] for row in rows], [100 * row["missing"] for row in rows], color=BLUE, linewidth=0)
-        ax.set(xlabel="block", ylabel="missing of the MLP's input (%)")
-        ax.grid(visible=False, axis="x")
-    caption = (
-        "What a shard's MLP would not see if the block dropped its attention sync point: the size of the other shards'"
-        f" attention outputs over that of the whole input, mean over tokens and shards. {model} at tp={tp}."
-    )
-    return finish(figure, caption)
-
-
-def block_figure() -> Figure:
-    """A block with both sync points beside one that drops the first (the paper's figure 3)."""
-    with style():
-        figure = canvas(8.6, 5.6)
-        left, right = figure.subplots(1, 2)
-        _draw_block(left, "tensor parallelism: full, full", dropped=False)
-        _draw_block(right, "sync-point drop: drop, full", dropped=True)
-    caption = (
-        "One decoder block on two devices, from top to bottom. Orange: all-reduces, where the devices wait for each"
-        " other. On the right the first one is gone: each device's MLP sees its own part of the attention's output"
-        " only, and that part stays pending until the all-reduce after the MLP, which carries both. Nothing is lost"
-        " from the sum; only the MLP's input is partial. Norms are left out."
-    )
-    return finish(figure, caption)
-
-
-def _draw_block(ax: Axes, title: str, dropped: bool) -> None:
-    middle = sum(LANES) / 2
-    for i, x in enumerate(LANES, 1):
-        _text(ax, x, 9.2, f"device {i}\n$x$", "0.15")
-        _arrow(ax, x, 8.75, 8.1)
-        _box(ax, x, 7.7, f"attention\nheads of device {i}", BLUE)
-        _arrow(ax, x, 7.3, 6.45, f"$y_{i}$")
-        _arrow(ax, x, 5.65, 4.7, f"$x + y_{i}$" if dropped else "$x + \\sum_j y_j$")
-        _box(ax, x, 4.3, f"MLP\nneurons of device {i}", GREEN)
-        _arrow(ax, x, 3.9, 3.05, f"$y_{i} + z_{i}$" if dropped else f"$z_{i}$")
-        _arrow(ax, x, 2.25, 1.55)
-    if dropped:
-        words = "no all-reduce: $y_i$ stays pending"
-        _box(ax, middle, 6.05, words, "white", LANES[1] + WIDTH, edge="0.55", dashed=True)
-    else:
-        _box(ax, middle, 6.05, "all-reduce", ORANGE, LANES[1] + WIDTH)
-    _box(ax, middle, 2.65, "all-reduce", ORANGE, LANES[1] + WIDTH)
-    _text(ax, middle, 1.2, "$x + \\sum_j y_j + \\sum_j z_j$   on both devices", "0.15")
-    ax.set(xlim=(-1.7, LANES[1] + 1.7), ylim=(0.8, 9.9), title=title)
-    ax.axis("off")
-
-
-def _box(ax: Axes, x: float, y: float, words: str, colour, width: float = WIDTH, edge="0.15", dashed=False) -> None:
-    look = {"facecolor": colour, "edgecolor": edge, "linestyle": "--" if dashed else "-", "linewidth": 1}
-    corner = (x - width / 2, y - HEIGHT / 2)
-    ax.add_patch(FancyBboxPatch(corner, width, HEIGHT, boxstyle="round,pad=0,rounding_size=0.12", zorder=3, **look))
-    _text(ax, x, y, words, "0.35" if dashed else "white")
-
-
-def _text(ax: Axes, x: float, y: float, words: str, colour: str, ha: str = "center") -> None:
-    ax.text(x, y, words, ha=ha, va="center", color=colour, fontsize=9, zorder=4)
-
-
-def _arrow(ax: Axes, x: float, start: float, end: float, words: str = "") -> None:
-    ax.annotate("", (x, end), (x, start), arrowprops={"arrowstyle": "-|>", "color": "0.15", "shrinkA": 0, "shrinkB": 0})
-    if words:
-        _text(ax, x + 0.12, (start + end) / 2, words, "0.15", ha="left")
 
 
 if __name__ == "__main__":

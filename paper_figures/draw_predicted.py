@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
-from draw import COLOURS, MARKERS, Record, Table, canvas, finish, legend, newest, plain, run, style, unique, value
+from draw import COLOURS, MARKERS, Record, Table, canvas, finish, legend, newest, plain, run, style, value
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,7 +30,20 @@ DECODE_COSTS = {
 def tables(records: Sequence[Record]) -> list[Table]:
     """Claims, fits, summary, transfer times and decode errors of the newest record."""
     chosen = newest(records, "predict-paper")
-    return [] if chosen is None else [make(chosen) for make in (_claims, _fits, _summary, _transfers, _decode_errors)]
+    if chosen is None:
+        return []
+    summary = (
+        "Predicted TTFT and share of communication at 0 %, reduction 1 - t_p/t_0 and speedup t_0/t_p at 70 and 100 %,"
+        " and the ceiling of any method: no communication at all."
+    )
+    transfers = "Transfer time of LLaMA2-70B's all-reduces by kind of link, beside the end of figure 2's axis."
+    return [
+        _claims(chosen),
+        _fits(chosen),
+        Table("predicted-figure7", summary, _frame(chosen, "figure7_summary"), [chosen]),
+        Table("predicted-figure2", transfers, _frame(chosen, "figure2"), [chosen]),
+        _decode_errors(chosen),
+    ]
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
@@ -40,24 +54,30 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
         return {} if chosen is None else {f"predicted-{name}": draw(chosen) for name, draw in makers.items()}
 
 
+def _frame(record: Record, key: str) -> pd.DataFrame:
+    return pd.DataFrame(value(record, "result", key))
+
+
 def _asked(record: Record) -> str:
     """The paper's setting, which every prediction here is for."""
     asked = value(record, "result", "asked")
     return f"tp={asked['tp']}, batch {asked['batch']}, {asked['prompt_len']} tokens in"
 
 
-# ---------------------------------------------------------------- figure 2
+# ---------------------------------------------------------------- figures 2 and 7
 
 
 def _transfer(record: Record) -> Figure:
-    rows = value(record, "result", "figure2")
-    settings = unique(rows, "setting")
+    settings = _frame(record, "figure2").groupby("setting", sort=False)
     figure = canvas(WIDTH, 3.6)
-    for ax, setting in zip(figure.subplots(1, len(settings)), settings, strict=True):
-        _panel_transfer(ax, [row for row in rows if row["setting"] == setting])
-        ax.set_title(setting)
-    ax = figure.axes[0]
-    ax.set_ylabel("transfer time (ms)")
+    for ax, (setting, rows) in zip(figure.subplots(1, len(settings)), settings, strict=True):
+        for kind, (_, colour, line, marker) in KINDS.items():
+            ax.plot(rows["percent"], rows[f"{kind}_ms"].astype(float), color=colour, linestyle=line, marker=marker,
+                    markersize=4, zorder=3)  # fmt: skip
+        axis = rows["axis_upper_ms"].iloc[0]
+        ax.axhline(axis, color="0.25", linewidth=1)
+        ax.set(title=setting, xlabel="blocks dropped (%)", ylim=(0, 1.08 * axis), xlim=(-4, 104))
+    figure.axes[0].set_ylabel("transfer time (ms)")
     handles = [Line2D([], [], color=c, linestyle=s, marker=m, label=label) for label, c, s, m in KINDS.values()]
     legend(figure, [*handles, Line2D([], [], color="0.25", linewidth=1, label="end of the paper's axis")], 4)
     fill = value(record, "result", "fits", "axis_fill")
@@ -70,70 +90,42 @@ def _transfer(record: Record) -> Figure:
     return finish(figure, caption, [record])
 
 
-def _panel_transfer(ax: Axes, rows: list[dict]) -> None:
-    for kind, (_, colour, line, marker) in KINDS.items():
-        values = [row.get(f"{kind}_ms") for row in rows]
-        if values[0] is not None:
-            ax.plot([row["percent"] for row in rows], values, color=colour, linestyle=line, marker=marker,
-                    markersize=4, zorder=3)  # fmt: skip
-    axis = rows[0]["axis_upper_ms"]
-    ax.axhline(axis, color="0.25", linewidth=1)
-    ax.set(xlabel="blocks dropped (%)", ylim=(0, 1.08 * axis), xlim=(-4, 104))
-
-
-# ---------------------------------------------------------------- figure 7
-
-
 def _speedup(record: Record) -> Figure:
-    rows, launches = value(record, "result", "figure7"), value(record, "result", "regimes")
-    shapes, settings = unique(rows, "shape"), unique(rows, "setting")
+    rows, claims = _frame(record, "figure7"), _frame(record, "claims").query("where == 'figure 7'")
+    looks = dict(zip(rows["setting"].unique(), zip(COLOURS, MARKERS, strict=False), strict=False))
+    shapes, launch = rows["shape"].unique(), value(record, "result", "regimes", REDUCTION)
     names = {REDUCTION: "links and launch fitted to the paper", "lean": "lean: no launch time"}
     figure = canvas(WIDTH, 6.4)
     grid = figure.subplots(len(names), len(shapes), sharex=True, sharey="row")
     for axes, (regime, words) in zip(grid, names.items(), strict=True):
         for ax, shape in zip(axes, shapes, strict=True):
-            _panel_speedup(ax, [r for r in rows if (r["regime"], r["shape"]) == (regime, shape)], settings)
-            if regime == REDUCTION:
-                _mark_claims(ax, shape, value(record, "result", "claims"))
-                ax.set_title(shape)
-            else:
-                ax.set_xlabel("blocks dropped (%)")
+            panel = rows[(rows["regime"] == regime) & (rows["shape"] == shape)]
+            for setting, line in panel.groupby("setting", sort=False):
+                colour, marker = looks[setting]
+                ax.plot(line["percent"], 100 * line["reduction"], color=colour, marker=marker, markersize=4, zorder=3)
         axes[0].set_ylabel(f"TTFT reduction (%)\n{words}")
-        axes[0].set_ylim(bottom=0)  # after all of the row, whose scale it shares, is drawn
-    handles = [Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=s) for i, s in enumerate(settings)]
-    handles.append(Line2D([], [], color="0.15", marker="*", linestyle="", markersize=10, label="paper: equal to"))
-    handles.append(
-        Line2D([], [], color="0.15", marker="^", linestyle="", markersize=7, fillstyle="none", label="paper: more than")
-    )
+    for above, below, shape in zip(*grid, shapes, strict=True):
+        for _, claim in claims[claims["shape"] == shape].iterrows():
+            equal = claim["relation"] == "="
+            above.plot(claim["percent"], claim["paper"], "*" if equal else "^", markersize=13 if equal else 8, zorder=5,
+                       color=looks[claim["setting"]][0] if equal else "white", markeredgecolor="0.15")  # fmt: skip
+        above.set(title=shape, ylim=(0, None))  # after all of the row, whose scale it shares, is drawn
+        below.set(xlabel="blocks dropped (%)", xlim=(-3, 105), ylim=(0, None))
+    handles = [Line2D([], [], color=colour, marker=marker, label=s) for s, (colour, marker) in looks.items()]
+    paper = {"color": "0.15", "linestyle": ""}
+    handles.append(Line2D([], [], marker="*", markersize=10, label="paper: equal to", **paper))
+    handles.append(Line2D([], [], marker="^", markersize=7, fillstyle="none", label="paper: more than", **paper))
     legend(figure, handles, 6)
     caption = (
         "Predicted reduction of the time to first token, 1 - t_p/t_0, against the share of blocks that drop their"
         f" attention sync point: figure 7's lower panels ({_asked(record)}, A100). Above: links fitted to"
-        f" figure 2's axis and {launches[REDUCTION]:.0f} µs of launch an operator, fitted to the star alone; triangles"
+        f" figure 2's axis and {launch:.0f} µs of launch an operator, fitted to the star alone; triangles"
         " are the paper's lower bounds for two nodes, the one at 100 % for 2x4 LBW alone. Below: CUDA graphs, NCCL's"
         " table, and LBW at the rate that the paper states (on two nodes no slower than the table, so that the lines"
         " coincide). See that the same dropped blocks gain more where nothing is lost to launching, most of all on fast"
         " links."
     )
     return finish(figure, caption, [record])
-
-
-def _panel_speedup(ax: Axes, rows: list[dict], settings: list[str]) -> None:
-    for i, setting in enumerate(settings):
-        mine = [row for row in rows if row["setting"] == setting]
-        ax.plot([r["percent"] for r in mine], [100 * r["reduction"] for r in mine], color=COLOURS[i],
-                marker=MARKERS[i], markersize=4, zorder=3)  # fmt: skip
-    ax.set_xlim(-3, 105)
-
-
-def _mark_claims(ax: Axes, shape: str, claims: list[dict]) -> None:
-    settings = unique(claims, "setting")
-    for claim in claims:
-        if claim["shape"] == shape and claim["where"] == "figure 7":
-            equal = claim["relation"] == "="
-            colour = COLOURS[settings.index(claim["setting"])] if equal else "white"
-            ax.plot(claim["percent"], claim["paper"], "*" if equal else "^", color=colour, zorder=5,
-                    markersize=13 if equal else 8, markeredgecolor="0.15")  # fmt: skip
 
 
 # ---------------------------------------------------------------- where dropping pays
@@ -143,9 +135,9 @@ def _links(record: Record) -> Figure:
     heat = value(record, "result", "heat_map")
     figure = canvas(WIDTH, 4.6)
     axes = figure.subplots(1, 2, sharey=True)
-    top = 100 * (max(max(max(row) for row in heat["speedup"][kind]) for kind in heat["speedup"]) - 1)
-    for ax, (kind, title) in zip(axes, {"ttft": "time to first token", "tpot": "time per output token"}.items(),
-                                 strict=True):  # fmt: skip
+    top = 100 * (np.max(list(heat["speedup"].values())) - 1)
+    titles = {"ttft": "time to first token", "tpot": "time per output token"}
+    for ax, (kind, title) in zip(axes, titles.items(), strict=True):
         mesh = _panel_links(ax, heat, kind, top)
         ax.set(title=title, xlabel="bandwidth of the slowest hop (GB/s)")
     axes[0].set_ylabel("latency of an all-reduce (µs)")
@@ -160,9 +152,8 @@ def _links(record: Record) -> Figure:
 
 
 def _panel_links(ax: Axes, heat: dict, kind: str, top: float):
-    x = [b / 1e9 for b in heat["bandwidths"]]
-    y = [1e6 * a for a in heat["latencies"]]
-    z = [[100 * (value - 1) for value in row] for row in heat["speedup"][kind]]
+    x, y = np.array(heat["bandwidths"]) / 1e9, 1e6 * np.array(heat["latencies"])
+    z = 100 * (np.array(heat["speedup"][kind]) - 1)
     mesh = ax.pcolormesh(x, y, z, cmap="viridis", vmin=0, vmax=top, shading="gouraud", rasterized=True)
     ax.set(xscale="log", yscale="log")  # before the contours, whose labels are placed by it
     lines = ax.contour(x, y, z, levels=(5, 10, 20, 30), colors="white", linewidths=0.8)
@@ -185,12 +176,11 @@ def _panel_links(ax: Axes, heat: dict, kind: str, top: float):
 
 
 def _time(record: Record) -> Figure:
-    rows = value(record, "result", "where_time_goes")
+    rows = _frame(record, "where_time_goes")
     figure = canvas(WIDTH, 6.2)
-    axes = figure.subplots(2, 1, sharex=True)
-    for ax, (kind, title) in zip(axes, {"ttft": "TTFT", "tpot": "TPOT"}.items(), strict=True):
-        _panel_time(ax, [row for row in rows if row["time"] == kind])
-        ax.set_ylabel(f"share of {title} (%)")
+    for ax, (kind, mine) in zip(figure.subplots(2, 1, sharex=True), rows.groupby("time", sort=False), strict=True):
+        _panel_time(ax, mine.reset_index())
+        ax.set_ylabel(f"share of {kind.upper()} (%)")
     legend(figure, [Patch(color=colour, label=name) for name, colour in PARTS.items()], len(PARTS))
     caption = (
         f"Where the predicted time goes with every sync point kept ({_asked(record)}, A100, no launch time); above each"
@@ -201,21 +191,20 @@ def _time(record: Record) -> Figure:
     return finish(figure, caption, [record])
 
 
-def _panel_time(ax: Axes, rows: list[dict]) -> None:
-    shapes = unique(rows, "shape")
-    at = [i + 0.6 * shapes.index(row["shape"]) for i, row in enumerate(rows)]
-    bottom = [0.0] * len(rows)
-    totals = [sum(row["parts_ms"].values()) for row in rows]
+def _panel_time(ax: Axes, rows: pd.DataFrame) -> None:
+    shapes, parts = list(rows["shape"].unique()), pd.DataFrame(list(rows["parts_ms"]))
+    at = rows.index + 0.6 * rows["shape"].map(shapes.index)
+    totals, bottom = parts.sum(axis=1), 0.0 * at
     for part, colour in PARTS.items():
-        heights = [100 * row["parts_ms"][part] / total for row, total in zip(rows, totals, strict=True)]
-        ax.bar(at, heights, bottom=bottom, color=colour, width=0.8, linewidth=0)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        share = 100 * parts[part] / totals
+        ax.bar(at, share, bottom=bottom, color=colour, width=0.8, linewidth=0)
+        bottom = bottom + share
     for x, total in zip(at, totals, strict=True):
         ax.annotate(f"{total:.3g}", (x, 100), (0, 2), textcoords="offset points", ha="center", fontsize=8)
     ax.set(ylim=(0, 109), yticks=range(0, 101, 25))
-    short = [row["setting"].replace(" ", "\n") for row in rows]
     middle = {len(rows) // len(shapes) * i + 1: shape for i, shape in enumerate(shapes)}
-    ax.set_xticks(at, [f"{label}\n{middle.get(i, '')}" for i, label in enumerate(short)])
+    words = rows["setting"].str.replace(" ", "\n")
+    ax.set_xticks(at, [f"{label}\n{middle.get(i, '')}" for i, label in words.items()])
     ax.grid(visible=False, axis="x")
 
 
@@ -224,17 +213,16 @@ def _panel_time(ax: Axes, rows: list[dict]) -> None:
 
 def _decode(record: Record) -> Figure:
     check = value(record, "result", "decode_check", "checks", "each row held out in turn")
-    rows = check["predicted"]
+    rows = pd.DataFrame(check["predicted"])
     figure = canvas(6.4, 5.2)
     ax = figure.subplots()
     kinds = {("no_comm", "on"): "no communication", ("standard", "on"): "P2P on", ("standard", "off"): "P2P off"}
-    for i, (kind, label) in enumerate(kinds.items()):
-        mine = [row for row in rows if (row["variant"], row["p2p"]) == kind]
-        ax.plot([r["measured_ms"] for r in mine], [r["predicted_ms"] for r in mine], MARKERS[i],
-                color=COLOURS[i], label=label, markersize=5, zorder=3)  # fmt: skip
-    ends = [0.9 * min(r["measured_ms"] for r in rows), 1.1 * max(r["measured_ms"] for r in rows)]
+    for (kind, label), marker, colour in zip(kinds.items(), MARKERS, COLOURS, strict=False):
+        mine = rows[(rows["variant"] == kind[0]) & (rows["p2p"] == kind[1])]
+        ax.plot(mine["measured_ms"], mine["predicted_ms"], marker, color=colour, label=label, markersize=5, zorder=3)
+    ends = np.array([0.9 * rows["measured_ms"].min(), 1.1 * rows["measured_ms"].max()])
     ax.plot(ends, ends, color="0.25", linewidth=1)
-    ax.fill_between(ends, [0.9 * e for e in ends], [1.1 * e for e in ends], color="0.9", label="within 10 %", zorder=0)
+    ax.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", label="within 10 %", zorder=0)
     ax.set(xlabel="measured time a step (ms)", ylabel="predicted time a step (ms)", xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(plain)
@@ -252,17 +240,16 @@ def _decode(record: Record) -> Figure:
 
 
 def _claims(record: Record) -> Table:
-    rows = [dict(row) for row in value(record, "result", "claims")]
-    regimes = list(value(record, "result", "regimes"))
-    for row in rows:
-        row |= {f"{name}: holds": "yes" if row[f"{name}: holds"] else "no" for name in regimes}
+    frame = _frame(record, "claims")
+    holds = [f"{name}: holds" for name in value(record, "result", "regimes")]
+    frame[holds] = frame[holds].astype(bool).replace({True: "yes", False: "no"})
     caption = (
         "The paper's claims about time beside predictions. lean: no launch time, NCCL's table, LBW at the rate"
         " stated; paper: links fitted to figure 2's axis, launch time to the one equality, read as a reduction"
         " 1 - t_p/t_0 or as a speedup t_0/t_p - 1 (the lean column is a speedup). So that equality, and the transfer"
         " times at 0 % of the two paper columns, hold by fit; the others are predicted."
     )
-    return Table("predicted-claims", caption, pd.DataFrame(rows), [record])
+    return Table("predicted-claims", caption, frame, [record])
 
 
 def _fits(record: Record) -> Table:
@@ -295,32 +282,19 @@ def _equality(record: Record) -> str:
     return f"{claim['paper']:g} % at {claim['percent']:g} % ({claim['shape']}, {claim['setting']})"
 
 
-def _summary(record: Record) -> Table:
-    caption = (
-        "Predicted TTFT and share of communication at 0 %, reduction 1 - t_p/t_0 and speedup t_0/t_p at 70 and 100 %,"
-        " and the ceiling of any method: no communication at all."
-    )
-    return Table("predicted-figure7", caption, pd.DataFrame(value(record, "result", "figure7_summary")), [record])
-
-
-def _transfers(record: Record) -> Table:
-    caption = "Transfer time of LLaMA2-70B's all-reduces by kind of link, beside the end of figure 2's axis."
-    return Table("predicted-figure2", caption, pd.DataFrame(value(record, "result", "figure2")), [record])
-
-
 def _decode_errors(record: Record) -> Table:
     checks = value(record, "result", "decode_check", "checks")
-    keys = ("variant", "p2p", "batch", "tp")
-    rows = [dict(row) for row in checks["each row held out in turn"]["predicted"]]
+    keys = ["variant", "p2p", "batch", "tp"]
+    frame = pd.DataFrame(checks["each row held out in turn"]["predicted"])
     for name, check in checks.items():
         if check["fitted"]:
-            found = {tuple(r[k] for k in keys): r["error"] for r in check["predicted"]}
-            for row in rows:
-                row[name] = found.get(tuple(row[k] for k in keys))
-    worst = "; ".join(f"{name}: worst {c['worst_predicted']:.1%}, mean {c['mean_predicted']:.1%}" for name, c in
-                      checks.items())  # fmt: skip
-    caption = f"Time a step of the decode benchmark; error of predictions of rows that were not fitted. {worst}."
-    return Table("predicted-decode", caption, pd.DataFrame(rows), [record])
+            errors = pd.DataFrame(check["predicted"])[[*keys, "error"]].rename(columns={"error": name})
+            frame = frame.merge(errors, how="left", on=keys)
+    parts = [f"{name}: worst {c['worst_predicted']:.1%}, mean {c['mean_predicted']:.1%}" for name, c in checks.items()]
+    caption = (
+        f"Time a step of the decode benchmark; error of predictions of rows that were not fitted. {'; '.join(parts)}."
+    )
+    return Table("predicted-decode", caption, frame, [record])
 
 
 if __name__ == "__main__":

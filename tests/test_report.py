@@ -14,7 +14,7 @@ from PIL import Image
 
 from spd.errors import SPDError
 from spd.records import load_records, make_record, write_record
-from spd.report import png, print_tables, report, tables
+from spd.report import print_tables, report, tables
 from spd.tables import sensitivity_table
 
 BLOCKS = 4
@@ -222,11 +222,6 @@ def test_transfer_time_is_what_the_collectives_took(put):
     figure = draw_method.figures(load_records([put("bench", _bench(), tp=2)]))["transfer"]
     line = next(line for line in figure.axes[0].lines if len(line.get_xdata()) == 3)
     assert list(line.get_ydata()) == [20.0, 16.0, 12.0]  # 4 real, 8 and 8, 4, 0 emulated
-
-
-def test_figures_drawn_of_no_record_say_so():
-    assert png(draw_method.block_figure()).startswith(b"\x89PNG")
-    assert png(draw_method.missing_figure([{"block": 0, "missing": 0.5}], "m", 2)).startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- errors in words
