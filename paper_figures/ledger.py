@@ -4,7 +4,6 @@
 one model at one tp and the claim that asks: (value, record that it is from), or None where no record has it.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -118,18 +117,13 @@ def _has(point: Mapping, place: tuple[str, ...]) -> bool:
 
 
 def _difference(records: Sequence[Record], place: tuple, high: tuple[str, float], low: tuple[str, float]) -> Finding:
+    """Times 100: of accuracies, which are shares, percentage points."""
     first, second = (_value(records, place, *at) for at in (high, low))
-    return None if first is None or second is None else (first[0] - second[0], second[1])
-
-
-def _points(found: Finding) -> Finding:
-    """Of accuracy, from a share."""
-    return found and (100 * found[0], found[1])
+    return None if first is None or second is None else (100 * (first[0] - second[0]), second[1])
 
 
 def accuracy_lost(records: Sequence[Record], claim: Mapping) -> Finding:
-    strategy = claim["strategy"]
-    return _points(_difference(records, ACCURACY, (strategy, 0), (strategy, claim["percent"])))
+    return _difference(records, ACCURACY, (claim["strategy"], 0), (claim["strategy"], claim["percent"]))
 
 
 def accuracy_lost_in_sensitive(records: Sequence[Record], claim: Mapping) -> Finding:
@@ -139,7 +133,7 @@ def accuracy_lost_in_sensitive(records: Sequence[Record], claim: Mapping) -> Fin
 
 def accuracy_recovered(records: Sequence[Record], claim: Mapping) -> Finding:
     at = claim["percent"]
-    return _points(_difference(records, ACCURACY, (claim["strategy"], at), (claim["over"], at)))
+    return _difference(records, ACCURACY, (claim["strategy"], at), (claim["over"], at))
 
 
 def rise_recovered_percent(records: Sequence[Record], claim: Mapping) -> Finding:
@@ -152,7 +146,7 @@ def rise_recovered_percent(records: Sequence[Record], claim: Mapping) -> Finding
 
 def mmlu_lost(records: Sequence[Record], claim: Mapping) -> Finding:
     """Points at 100 %, where a sweep was asked for the task `mmlu`."""
-    return _points(_difference(records, MMLU, (claim["strategy"], 0), (claim["strategy"], 100)))
+    return _difference(records, MMLU, (claim["strategy"], 0), (claim["strategy"], 100))
 
 
 # ---------------------------------------------------------------- table 1
@@ -322,9 +316,5 @@ def _where(record: Record) -> str:
     return f"{model_of(record)}; {machine(record)}"
 
 
-def draw(asked: argparse.Namespace) -> dict:
-    return write_ledger(asked.records, asked.out)
-
-
 if __name__ == "__main__":
-    sys.exit(main(draw, __doc__, "REPRODUCTION.md"))
+    sys.exit(main(lambda asked: write_ledger(asked.records, asked.out), __doc__, "REPRODUCTION.md"))

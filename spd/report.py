@@ -30,13 +30,12 @@ from spd.tables import (
     Record,
     Table,
     asked_words,
+    curve_of,
     data_words,
-    has_tasks,
     machine,
     newest,
     number,
     perplexity_table,
-    points_of,
     provenance,
     scores,
     sensitivity_table,
@@ -51,6 +50,7 @@ from spd.tables import (
 BLUE, ORANGE, GREEN, RED, PURPLE, *_ = COLOURS = sns.color_palette("colorblind")
 STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), "font.sans-serif": ["DejaVu Sans"]}
 CLASS_COLOURS = {"ISB": BLUE, "SB": ORANGE, "ESB": PURPLE}
+TAUS = {"τ₁": "tau1", "τ₂": "tau2"}
 CLASS_NAMES = {"ISB": "ISB (in-sensitive)", "SB": "SB (sensitive)", "ESB": "ESB (extremely sensitive)"}
 STRATEGIES = {"zs": "ZS: zero-shot", "b2b": "ZS + B2B distillation", "b2b+hg": "ZS + B2B + head grouping",
               "closed-form": "closed form", "best": "best recipe"}  # fmt: skip
@@ -84,20 +84,21 @@ def png(figure: Figure, dpi: int = 200) -> bytes:
 def sensitivity_figure(records: Sequence[Record]) -> Figure:
     """The paper's figure 4: bars a block in perplexity points, and in nats; needs a sensitivity record."""
     table = sensitivity_table(records)
-    taus = {name: table.records[1]["result"][key] for name, key in (("τ₁", "tau1"), ("τ₂", "tau2"))
-            if len(table.records) > 1}  # fmt: skip
     with rc_context(STYLE):
         figure = Figure(figsize=(min(11.0, max(6.4, 3 + 0.13 * len(table.frame))), 5.4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        _sensitivity_panel(upper, table.frame, "sensitivity", "perplexity points", taus)
-        _sensitivity_panel(lower, table.frame, "sensitivity_nats", "nats", {})
+        taus = {sign: plan["result"][key] for plan in table.records[1:] for sign, key in TAUS.items()}
+        _sensitivity_panel(upper, table, taus=taus)
+        _sensitivity_panel(lower, table, "sensitivity_nats", "nats")
         upper.set_xlabel("")
-        _class_legend(upper, table.frame)
+        _class_legend(upper, table.frame, columns=2)
     return finish(figure, table.caption, table.records)
 
 
-def _sensitivity_panel(ax: Axes, frame: pd.DataFrame, column: str, unit: str, taus: Mapping[str, float]) -> None:
-    colours = [CLASS_COLOURS[name] for name in frame["class"]] if "class" in frame else [BLUE] * len(frame)
+def _sensitivity_panel(ax: Axes, table: Table, column: str = "sensitivity", unit: str = "perplexity points",
+                       taus: Mapping[str, float] | None = None) -> None:  # fmt: skip
+    frame, taus = table.frame, taus or {}
+    colours = frame["class"].map(CLASS_COLOURS) if "class" in frame else [BLUE] * len(frame)
     inside = frame["dropped"] == "yes" if "dropped" in frame else [True] * len(frame)
     pale = [[0.4 * part + 0.6 for part in colour] for colour in colours]  # unlike transparency it hides the grid
     drawn = [strong if kept else light for strong, light, kept in zip(colours, pale, inside, strict=True)]
@@ -117,12 +118,14 @@ def _sensitivity_panel(ax: Axes, frame: pd.DataFrame, column: str, unit: str, ta
     ax.grid(visible=False, axis="x")
 
 
-def _class_legend(ax: Axes, frame: pd.DataFrame, short: bool = False) -> None:
+def _class_legend(ax: Axes, frame: pd.DataFrame, columns: int) -> None:
+    """In two columns with the classes' whole names."""
     if "class" in frame:
         names = [name for name in CLASS_COLOURS if name in set(frame["class"])]
-        handles = [Patch(color=CLASS_COLOURS[name], label=name if short else CLASS_NAMES[name]) for name in names]
+        words = CLASS_NAMES if columns == 2 else dict(zip(names, names, strict=True))
+        handles = [Patch(color=CLASS_COLOURS[name], label=words[name]) for name in names]
         handles += [] if all(frame["dropped"] == "yes") else [Patch(color="0.8", label="outside budget")]
-        legend_above(ax, 4 if short else 2, handles=handles)
+        legend_above(ax, columns, handles=handles)
 
 
 def legend_above(ax: Axes, columns: int = 2, **options: Any) -> None:
@@ -170,7 +173,7 @@ def _perplexity_panel(ax: Axes, table: Table) -> None:
 def accuracy_figure(records: Sequence[Record], of: str = "average") -> Figure:
     """The upper panels of the paper's figures 7 and 8 (`average`), and figure 9 (`mmlu`); needs sweeps with tasks."""
     sweeps = sweeps_of(records, tasks=True)
-    rows = [row | scores(source, "result", "curve", i)[of] for row, i, source in points_of(sweeps)]
+    frame = curve_of(sweeps, lambda record, i: scores(record, "result", "curve", i)[of])
     first = scores(sweeps[-1], "result", "curve", 0)
     what = f"mean over {len(first) - 1 - ('mmlu' in first)} tasks of the" if of == "average" else of
     put = {name: row for name, row in first.items() if (name == of or (of == "average" and name != "mmlu"))}
@@ -179,7 +182,7 @@ def accuracy_figure(records: Sequence[Record], of: str = "average") -> Figure:
         " standard error of the difference from the model with every sync point kept (dashed) on the same questions;"
         f" dotted: guessing. {asked_words(put, sweeps[-1])}"
     )
-    table = Table("accuracy", caption, pd.DataFrame(rows), sweeps)
+    table = Table("accuracy", caption, frame, sweeps)
     return _single(table, partial(_accuracy_panel, label=f"{'average accuracy' if of == 'average' else of} (%)"))
 
 
@@ -216,69 +219,62 @@ def _ttft_panel(ax: Axes, table: Table, narrow: bool = False) -> None:
     for style, name in zip(("--", ":", "-."), bounds, strict=False):
         bound = number(table.records[0], "result", "bounds", name, "ttft_ms", "median")
         ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g} ms")
-    stride = math.ceil(len(frame) / (5 if narrow else 12))
-    labels = [
-        f"{blocks}\n{percent:.3g} %" for blocks, percent in zip(frame["blocks_dropped"], frame["percent"], strict=True)
+    shown = frame.iloc[:: math.ceil(len(frame) / (5 if narrow else 12))]
+    words = [
+        f"{dropped}\n{share:.3g} %" for dropped, share in zip(shown["blocks_dropped"], shown["percent"], strict=True)
     ]
-    ax.set_xticks(frame.index[::stride], labels[::stride])
+    ax.set_xticks(shown.index, words)
     ax.set(xlabel="blocks dropped", ylabel="time to first token (ms)")
     ax.grid(visible=False, axis="x")
-    legend_above(ax)
+    if narrow:
+        ax.set_ylim(top=1.5 * ax.get_ylim()[1])
+        ax.legend(loc="upper left", ncols=2, fontsize=7)
+    else:
+        legend_above(ax)
 
 
 def overview_figure(records: Sequence[Record]) -> Figure:
     """Sensitivity, perplexity and time to first token of one model side by side: those of the three with a record."""
-    panels = {}
-    if newest(records, "sensitivity"):
-        panels["sensitivity"] = sensitivity_table(records), _overview_sensitivity
-    if newest(records, "sweep"):
-        panels["sweep"] = perplexity_table(records), _perplexity_panel
-    if newest(records, "bench"):
-        panels["bench"] = ttft_table(records), _overview_ttft
+    makers = {"sensitivity": (sensitivity_table, _overview_sensitivity), "sweep": (perplexity_table, _perplexity_panel),
+              "bench": (ttft_table, partial(_ttft_panel, narrow=True))}  # fmt: skip
+    panels = {command: make(records) for command, (make, _) in makers.items() if newest(records, command)}
     with rc_context(STYLE | {"legend.fontsize": 7, "font.size": 8}):
         figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
-        for ax, (table, draw) in zip(figure.subplots(1, len(panels)), panels.values(), strict=True):
-            draw(ax, table)
+        for ax, (command, table) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            makers[command][1](ax, table)
             if ax.get_legend():
                 ax.get_legend().set_in_layout(False)  # else a wide legend takes the panels' room
-    words = []
-    for command, (table, _) in panels.items():
-        record = table.records[0 if command == "sensitivity" else -1]
-        words.append(setting_words(record) if command == "bench" else f"{subject(record)}, {data_words(record)}")
+    record = {command: newest(records, command) for command in panels}
+    words = [setting_words(r) if command == "bench" else f"{subject(r)}, {data_words(r)}"
+             for command, r in record.items()]  # fmt: skip
     if {"sweep", "bench"} <= set(panels):
-        swept, timed = (set(panels[c][0].frame[k]) for c, k in (("sweep", "blocks"), ("bench", "blocks_dropped")))
-        same = "the same" if timed <= swept else "other"
-        than = "as" if timed <= swept else "than"
-        words[-1] += (
-            f", {same} numbers of dropped blocks {than} the perplexities at tp={newest(records, 'sweep')['tp']}"
-        )
+        same = set(panels["bench"].frame["blocks_dropped"]) <= set(panels["sweep"].frame["blocks"])
+        words[-1] += f", {'the same' if same else 'other'} numbers of dropped blocks {'as' if same else 'than'}"
+        words[-1] += f" the perplexities at tp={record['sweep']['tp']}"
     sides = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
     caption = " ".join(f"{side}: {text}." for side, text in zip(sides, words, strict=True))
-    used = [record for table, _ in panels.values() for record in table.records]
+    used = [record for table in panels.values() for record in table.records]
     return finish(figure, f"{caption} {machine(used[-1])}.", used)
 
 
 def _overview_sensitivity(ax: Axes, table: Table) -> None:
-    _sensitivity_panel(ax, table.frame, "sensitivity", "perplexity points", {})
-    _class_legend(ax, table.frame, short=True)
-
-
-def _overview_ttft(ax: Axes, table: Table) -> None:
-    _ttft_panel(ax, table, narrow=True)
-    ax.set_ylim(top=1.5 * ax.get_ylim()[1])
-    ax.legend(loc="upper left", ncols=2, fontsize=7)
+    _sensitivity_panel(ax, table)
+    _class_legend(ax, table.frame, columns=4)
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Of `load_records`' records every figure by its name."""
-    makers = {"sensitivity": ("sensitivity", sensitivity_figure), "perplexity": ("sweep", perplexity_figure),
-              "ttft": ("bench", ttft_figure)}  # fmt: skip
     found, subjects = {}, suffixed(records)
     for suffix, mine in subjects:
-        found |= {name + suffix: draw(mine) for name, (command, draw) in makers.items() if newest(mine, command)}
-        if has_tasks(mine):
-            known = scores(sweeps_of(mine, tasks=True)[-1], "result", "curve", 0)
+        if newest(mine, "sensitivity"):
+            found["sensitivity" + suffix] = sensitivity_figure(mine)
+        if newest(mine, "sweep"):
+            found["perplexity" + suffix] = perplexity_figure(mine)
+        if newest(mine, "bench"):
+            found["ttft" + suffix] = ttft_figure(mine)
+        for sweep in sweeps_of(mine, tasks=True)[-1:]:
+            known = set(scores(sweep, "result", "curve", 0))
             found |= {f"accuracy{'-mmlu' * (of == 'mmlu')}{suffix}": accuracy_figure(mine, of)
                       for of in ("average", "mmlu") if of in known}  # fmt: skip
     for suffix, mine in _of_models(subjects).items():

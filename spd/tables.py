@@ -5,7 +5,7 @@ A number that is missing in a record is an error, never 0. Each `..._table` take
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -117,26 +117,26 @@ def data_words(record: Record) -> str:
 
 def by_subject(records: Sequence[Record]) -> dict[tuple[str, str, int], list[Record]]:
     """Records of each (model's name, fingerprint, tp), oldest first."""
-    of_models = [r for r in records if r.get("model") and r.get("tp") and _useful(r)]
-    keys = [(model_of(r), str(value(r, "model", "fingerprint")), r["tp"]) for r in of_models]
-    frame = pd.DataFrame({"key": keys, "record": of_models}, dtype=object)
-    return {key: list(rows["record"]) for key, rows in frame.groupby("key", sort=False)}
+    found: dict[tuple[str, str, int], list[Record]] = {}
+    for r in records:
+        if r.get("model") and r.get("tp") and _useful(r):
+            found.setdefault((model_of(r), str(value(r, "model", "fingerprint")), r["tp"]), []).append(r)
+    return found
 
 
 def suffixed(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """`by_subject` under the ends of its files' names: `-MODEL` of several models, `-tpN` where degrees meet."""
-    kinds = ("sensitivity", "sweep", "bench", "eval")
-    subjects = {key: mine for key, mine in by_subject(records).items() if any(r["command"] in kinds for r in mine)}
-    models = {key[:2] for key in subjects}
+    subjects = by_subject(records)
+    commands = {key: {r["command"] for r in mine} & set(MAKERS) for key, mine in subjects.items()}
+    models = {key[:2] for key in subjects if commands[key]}
     found = []
-    for (name, print_, tp), mine in subjects.items():
-        same_name = [model for model in models if model[0] == name]
-        slug = re.sub(r"[^\w.-]+", "-", name) + (f"-{re.sub(r'[^0-9a-zA-Z]', '', print_)[:8]}" * (len(same_name) > 1))
-        commands = {r["command"] for r in mine if r["command"] in kinds}
-        rivals = [key for key, others in subjects.items() if key[:2] == (name, print_) and key[2] != tp
-                  and commands & {r["command"] for r in others}]  # fmt: skip
-        suffix = (f"-{slug}" if len(models) > 1 else "") + (f"-tp{tp}" if rivals else "")
-        found.append((suffix, mine))
+    for key in filter(commands.get, subjects):
+        name, print_, tp = key
+        slug = "-" + re.sub(r"[^\w.-]+", "-", name)
+        if [other for other, _ in models].count(name) > 1:
+            slug += "-" + re.sub(r"[^0-9a-zA-Z]", "", print_)[:8]
+        degrees = [other for other in subjects if other[:2] == key[:2] and commands[key] & commands[other]]
+        found.append((slug * (len(models) > 1) + f"-tp{tp}" * (len(degrees) > 1), subjects[key]))
     return found
 
 
@@ -145,11 +145,10 @@ def suffixed(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 
 def tables(records: Sequence[Record]) -> list[Table]:
     """Of `load_records`' records a table of each kind, model and degree."""
-    makers = {"sensitivity": sensitivity_table, "sweep": perplexity_table, "bench": ttft_table, "eval": tasks_table}
     found = []
     for suffix, mine in suffixed(records):
-        made = [make(mine) for command, make in makers.items() if newest(mine, command)]
-        made += [accuracy_table(mine)] if has_tasks(mine) else []
+        made = [make(mine) for command, make in MAKERS.items() if newest(mine, command)]
+        made += [accuracy_table(mine)] if sweeps_of(mine, tasks=True) else []
         found += [table._replace(name=table.name + suffix) for table in made]
     return found
 
@@ -161,9 +160,7 @@ def sensitivity_table(records: Sequence[Record]) -> Table:
     if len(points) != len(nats):
         raise SPDError(f"Record {record['id']} has {len(points)} sensitivities but {len(nats)} in nats.")
     frame = pd.DataFrame({"block": range(len(points)), "sensitivity": points, "sensitivity_nats": nats})
-    words = "Rise of the perplexity when one more block drops its attention sync point, the later blocks having dropped"
-    words += " theirs and the earlier ones none"
-    used = [record]
+    words, used = "", [record]
     if plan is not None and plan["result"].get("sensitivity") == points:
         classes, policies, treatments = (value(plan, "result", key) for key in ("classes", "policies", "treatments"))
         if not len(classes) == len(policies) == len(points) or set(classes) - set(CLASSES):
@@ -171,20 +168,20 @@ def sensitivity_table(records: Sequence[Record]) -> Table:
         dropped = ["yes" if policy[0] == "drop" else "no" for policy in policies]
         frame = frame.assign(**{"class": classes, "treatment": treatments, "dropped": dropped})
         budget, tau1, tau2 = (number(plan, "result", *key) for key in (("budget", "blocks"), ("tau1",), ("tau2",)))
-        words += f"; colours are the plan's classes (τ₁ = {tau1:g}, τ₂ = {tau2:g}), pale bars blocks outside its budget"
+        words = f"; colours are the plan's classes (τ₁ = {tau1:g}, τ₂ = {tau2:g}), pale bars blocks outside its budget"
         words, used = f"{words} of {budget}", [record, plan]
-    return Table("sensitivity", f"{words}. {subject(record)}; {data_words(record)}; {machine(record)}.", frame, used)
+    caption = (
+        "Rise of the perplexity when one more block drops its attention sync point, the later blocks having dropped"
+        f" theirs and the earlier ones none{words}. {subject(record)}; {data_words(record)}; {machine(record)}."
+    )
+    return Table("sensitivity", caption, frame, used)
 
 
 def sweeps_of(records: Sequence[Record], tasks: bool = False) -> list[Record]:
-    """Those on the newest one's data, or, with `tasks`, with the newest one's questions."""
+    """Those on the newest one's data, or, with `tasks`, with the newest one's questions; none of no sweep."""
     found = [r for r in records if r["command"] == "sweep" and (not tasks or "tasks" in value(r, "result", "curve", 0))]
     key = _questions if tasks else lambda record: record.get("data")
     return [r for r in found if key(r) == key(found[-1])]
-
-
-def has_tasks(records: Sequence[Record]) -> bool:
-    return bool(newest(records, "sweep") and sweeps_of(records, tasks=True))
 
 
 def _questions(record: Record) -> dict[str, tuple]:
@@ -192,32 +189,33 @@ def _questions(record: Record) -> dict[str, tuple]:
     return {name: (at(name, "n"), at(name, "source")) for name in at()}
 
 
-def points_of(sweeps: Sequence[Record]) -> list[tuple[dict, partial, Record]]:
-    """(row, reader of its numbers, record) of each strategy and percentage; of two records with one the newer's."""
+def curve_of(sweeps: Sequence[Record], read: Callable[[Record, int], dict]) -> pd.DataFrame:
+    """A row a strategy and percentage, of two records the newer's, with what `read(record, its place)` gives."""
     rows: dict[str, list] = {}
     for record in sweeps:
         mine: dict[str, list] = {}
         for i in places(record, "result", "curve"):
             at = partial(number, record, "result", "curve", i)
             name, plan = (value(record, "result", "curve", i, key) for key in ("strategy", "plan"))
-            row = {"strategy": name, "blocks": int(at("blocks")), "percent": at("percent"), "plan": plan}
-            mine.setdefault(name, []).append((row, i, record))
+            row = {"strategy": name, "blocks": int(at("blocks")), "percent": at("percent")}
+            mine.setdefault(name, []).append(row | read(record, i) | {"plan": plan})
         rows |= mine
-    return [point for points in rows.values() for point in sorted(points, key=lambda p: p[0]["blocks"])]
+    return pd.DataFrame([row for points in rows.values() for row in sorted(points, key=lambda row: row["blocks"])])
 
 
 def perplexity_table(records: Sequence[Record]) -> Table:
     sweeps = sweeps_of(records)
-    record, rows = sweeps[-1], []
-    for row, i, source in points_of(sweeps):
-        rows.append(row | {key: number(source, "result", "curve", i, key) for key in ("perplexity", "nats")})
-    full = next((row["perplexity"] for row in rows if row["blocks"] == 0), None)
-    if full is None:
+    record, keys = sweeps[-1], ("perplexity", "nats")
+    frame = curve_of(sweeps, lambda source, i: {key: number(source, "result", "curve", i, key) for key in keys})
+    full = frame.loc[frame["blocks"] == 0, "perplexity"]
+    if full.empty:
         raise SPDError(f"Record {record['id']} has no point with 0 blocks dropped to compare with.")
-    frame = pd.DataFrame(rows).assign(increase_percent=lambda f: 100 * (f["perplexity"] / full - 1))
-    caption = "Perplexity against the share of blocks that drop their attention sync point; dashed: every sync point"
-    caption += f" kept. {subject(record)}; {data_words(record)}; {machine(record)}."
-    return Table("perplexity", caption, frame[[*frame.columns.drop("plan"), "plan"]], sweeps)
+    frame.insert(len(frame.columns) - 1, "increase_percent", 100 * (frame["perplexity"] / full.iloc[0] - 1))
+    caption = (
+        "Perplexity against the share of blocks that drop their attention sync point; dashed: every sync point kept."
+        f" {subject(record)}; {data_words(record)}; {machine(record)}."
+    )
+    return Table("perplexity", caption, frame, sweeps)
 
 
 def scores(record: Record, *keys: str | int) -> dict[str, dict]:
@@ -244,35 +242,36 @@ def _score(record: Record, *keys: str | int) -> dict:
 
 def asked_words(found: Mapping[str, Mapping], record: Record) -> str:
     shots = {name: f", {row['shots']} shots" if row.get("shots") else "" for name, row in found.items()}
-    rows = [(name, row) for name, row in found.items() if name != "average"]
-    tasks = ", ".join(f"{name} {row['n']} ({row['source']}{shots[name]})" for name, row in rows)
-    return f"Questions: {tasks}. {subject(record)}; {machine(record)}."
+    tasks = [f"{name} {found[name]['n']} ({found[name]['source']}{shots[name]})" for name in found if name != "average"]
+    return f"Questions: {', '.join(tasks)}. {subject(record)}; {machine(record)}."
 
 
 def accuracy_table(records: Sequence[Record]) -> Table:
     """A row a strategy and percentage: accuracy of every task, and of their average what the full model is beside."""
-    sweeps, rows = sweeps_of(records, tasks=True), []
-    for row, i, source in points_of(sweeps):
-        found = scores(source, "result", "curve", i)
-        row |= {task: score["acc"] for task, score in found.items()}
-        of_average = ("stderr", "difference", "difference_stderr", "lost", "gained", "p")
-        rows.append(row | {key: found["average"][key] for key in of_average if key in found.get("average", {})})
-    frame = pd.DataFrame(rows)
+    sweeps = sweeps_of(records, tasks=True)
+
+    def read(record: Record, i: int) -> dict:
+        found = scores(record, "result", "curve", i)
+        average, of_it = found.get("average", {}), ("stderr", "difference", "difference_stderr", "lost", "gained", "p")
+        return {task: score["acc"] for task, score in found.items()} | {k: average[k] for k in of_it if k in average}
+
     caption = (
         "Accuracy (acc, as the harness defines it) of each task and their average, mmlu apart; stderr: the average's."
         " Against the model with every sync point kept, on the same questions: difference of the averages and its"
         " standard error, answers lost and gained, and McNemar's exact two-sided p of these."
+        f" {asked_words(scores(sweeps[-1], 'result', 'curve', 0), sweeps[-1])}"
     )
-    caption += " " + asked_words(found, sweeps[-1])
-    return Table("accuracy", caption, frame[[*frame.columns.drop("plan"), "plan"]], sweeps)
+    return Table("accuracy", caption, curve_of(sweeps, read), sweeps)
 
 
 def tasks_table(records: Sequence[Record]) -> Table:
     record = newest(records, "eval")
     found = scores(record, "result")
     frame = pd.DataFrame([{"task": name, **row} for name, row in found.items()]).drop(columns=["source", "shots"])
-    caption = f"Accuracy of plan {record['plan']} task by task. lost, gained: answers flipped against the model with"
-    caption += f" every sync point kept; p: McNemar's exact test of them. {asked_words(found, record)}"
+    caption = (
+        f"Accuracy of plan {record['plan']} task by task. lost, gained: answers flipped against the model with every"
+        f" sync point kept; p: McNemar's exact test of them. {asked_words(found, record)}"
+    )
     return Table("tasks", caption, frame, [record])
 
 
@@ -328,11 +327,12 @@ def ttft_table(records: Sequence[Record]) -> Table:
     record = newest(records, "bench")
     frame = timings(record)
     repeats = "/".join(map(str, sorted(set(frame["repeats"]))))
-    words = f"Median time to first token of {repeats} runs (error bar: interquartile range), split into computation"
-    words += ", real collectives and the emulated link" if frame["emulated_ms"].any() else " and collectives"
-    if "formula_ms" in frame:
-        words += "; diamonds: no communication, measured, plus collectives by formula"
-    words += f". {setting_words(record)}; {machine(record)}. reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+    parts = ", real collectives and the emulated link" if frame["emulated_ms"].any() else " and collectives"
+    formula = "; diamonds: no communication, measured, plus collectives by formula" if "formula_ms" in frame else ""
+    words = (
+        f"Median time to first token of {repeats} runs (error bar: interquartile range), split into computation{parts}"
+        f"{formula}. {setting_words(record)}; {machine(record)}. reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+    )
     if "saved_share" in frame or "formula_ms" in frame:
         flops, read = (number(record, "result", "rates", key) for key in ("matrix_gflops", "memory_gb_per_s"))
         sums = number(record, "result", "rates", "all_reduce", "ttft_ms")
@@ -343,3 +343,6 @@ def ttft_table(records: Sequence[Record]) -> Table:
             f" all-reduce of the prompt's size takes {sums:.2f} ms, the emulated link aside."
         )
     return Table("ttft", words, frame, [record])
+
+
+MAKERS = {"sensitivity": sensitivity_table, "sweep": perplexity_table, "bench": ttft_table, "eval": tasks_table}
