@@ -54,8 +54,12 @@ class Compiled:
 
     def __init__(self, model: Transformer, prompt: Tensor, new_tokens: int, backend: str = "inductor"):
         self.model, self.prompt, self.token = model, prompt, prompt[:, -1:].clone()
-        self.cache = model.new_cache(prompt.shape[0], prompt.shape[1] + new_tokens)
+        room = prompt.shape[1] + max(new_tokens, WARMUP)  # the warm-up decodes write too
+        self.cache = model.new_cache(prompt.shape[0], room)
         self.steps = self.cache.static()
+        model.rotary.table(
+            room, model.blocks[0].mlp.down.weight
+        )  # whole before a capture, which goes on reading this one
         for block in model.blocks:
             for part in ("attend", "transform"):
                 setattr(block, part, torch.compile(getattr(type(block), part).__get__(block), backend=backend))

@@ -297,15 +297,16 @@ def _swap(distances: np.ndarray, split: np.ndarray) -> np.ndarray:
 def matching_norms(block: Block, inputs: Iterable[tuple[Stream, Context]], shards: Shards) -> np.ndarray:
     """|| MLP_m(group g) || (g, m) over the inputs: MLP partition m fed by the heads that are on shard g now."""
     tp, here = shards.tp, shards.hosted
-    squares = torch.zeros(shards.k, tp, dtype=torch.float64)
+    # Where the block is: NCCL gathers nothing that lies in the host's memory.
+    squares = torch.zeros(shards.k, tp, dtype=torch.float64, device=block.mlp.down.weight.device)
     for stream, context in inputs:
         y = block.attention(block.attention_norm(stream.read()), context, 0)
         groups = shards.gather(block.mlp_norm(stream.produce(y, block.attention.out.bias).read()))
         for shift in range(tp):
             z = block.mlp(groups.roll(shift, 0)[here.start : here.stop])
             fed_by = [(m - shift) % tp for m in here]
-            squares[range(shards.k), fed_by] += z.double().square().sum((1, 2, 3)).cpu()
-    return shards.gather(squares).sqrt().T.numpy()
+            squares[range(shards.k), fed_by] += z.double().square().sum((1, 2, 3))
+    return shards.gather(squares).cpu().sqrt().T.numpy()
 
 
 def match(norms: np.ndarray) -> list[int]:

@@ -233,25 +233,25 @@ class Learner:
 
     def step(self, loss: Callable[[Tensor], Tensor], rows: Tensor, factor: float) -> float:
         """One step on some windows, at `factor` of the learning rate; gives the loss before it."""
-        self.optimizer.zero_grad()
         self._record(True)
         try:
             with torch.enable_grad():
                 found = loss(rows)
                 found.backward()
-        finally:
+            self.shards.reduce_gradients(self.replicated, self.sharded)  # now those of the one loss of all processes
+            if not math.isfinite(found.item()):
+                raise Diverged
+            if self.clip:
+                shrink = 1 / max(1.0, self._gradient_norm() / CLIP_NORM)
+                for parameter in self.parameters:
+                    if parameter.grad is not None:
+                        parameter.grad *= shrink
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.optimizer.step()
+        finally:  # kept gradients would add up to the model's size, block after block
             self._record(False)
-        self.shards.reduce_gradients(self.replicated, self.sharded)  # now those of the one loss of all processes
-        if not math.isfinite(found.item()):
-            raise Diverged
-        if self.clip:
-            shrink = 1 / max(1.0, self._gradient_norm() / CLIP_NORM)
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad *= shrink
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.step()
+            self.optimizer.zero_grad()
         return found.item()
 
     def _record(self, wanted: bool) -> None:

@@ -123,6 +123,20 @@ def test_a_repair_that_does_worse_on_held_out_windows_is_undone(folder, tmp_path
     assert result["perplexity_after"] == result["perplexity_before"]
 
 
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e30])
+def test_no_gradient_outlives_a_block(folder, tmp_path, monkeypatch, learning_rate):
+    """Kept, they add up to the model's size, block after block; a block that diverges keeps none either."""
+    train, models = training.train, []
+
+    def watched(objective, *rest, **how):
+        models.append(objective.model)
+        return train(objective, *rest, **how)
+
+    monkeypatch.setattr("spd.distill.train", watched)
+    repair(folder, tmp_path, recipe_named("b2b", epochs=1, learning_rate=learning_rate))
+    assert models and all(p.grad is None for p in models[0].parameters())
+
+
 def test_joint_training_that_diverges_is_undone(folder, tmp_path, monkeypatch):
     train = training.train
 

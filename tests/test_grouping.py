@@ -152,6 +152,21 @@ def test_matching_norms_are_what_each_mlp_gives_for_each_group():
     np.testing.assert_allclose(matching_norms(block, inputs, model.shards), expected.sqrt(), rtol=1e-4)
 
 
+def test_what_is_gathered_lies_where_the_model_does(monkeypatch):
+    """NCCL refuses the host's memory; on the meta device nothing can be brought there unseen."""
+    model = _model(4).to("meta")
+    streams = [Stream(torch.empty(3, 10, 32, device="meta"))]
+    inputs, gathered = [(stream, model.context(stream)) for stream in streams], []
+
+    def gather(tensor):
+        gathered.append(tensor.device.type)
+        return tensor if tensor.ndim > 2 else torch.ones(tensor.shape)
+
+    monkeypatch.setattr(model.shards, "gather", gather)
+    assert matching_norms(model.blocks[0], inputs, model.shards).shape == (4, 4)
+    assert set(gathered) == {"meta"}
+
+
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_grouped_model_is_the_same_function_with_every_sync(tp):
     tokens = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(2))

@@ -1,6 +1,7 @@
 """Speed without other numbers: the products, the compiled passes, the peer, and what bench says of its own bounds."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import draw_peers
@@ -12,7 +13,7 @@ from spd import Plan, SPDModel
 from spd.bench import BenchSettings, Sample, run, saved
 from spd.comm import Collective, Link, Shards
 from spd.config import SHAPES, ModelConfig
-from spd.engines import Compiled, Eager, Rates, floors
+from spd.engines import WARMUP, Compiled, Eager, Rates, floors
 from spd.errors import SPDError
 from spd.kernels import linear
 from spd.launch import Runtime, spawn
@@ -74,6 +75,32 @@ def test_compiled_passes_choose_the_tokens_of_eager_ones(letters):
     compiled = Compiled(model, prompt, 6, backend="aot_eager")
     assert _tokens(compiled, 6) == expected
     assert _tokens(compiled, 6) == expected  # a second prompt meets nothing of the first
+
+
+@pytest.mark.parametrize("new_tokens", [0, 1, 2])
+def test_a_compiled_engine_warms_up_within_its_cache(new_tokens):
+    """The warm-up decodes are more than the tokens asked for."""
+    torch._dynamo.reset()
+    model = SPDModel.random(TINY, "tiny", Shards(2)).transformer
+    prompt = torch.randint(96, (1, 9), generator=torch.Generator().manual_seed(0))
+    engine = Compiled(model, prompt, new_tokens, backend="aot_eager")
+    engine.prefill()
+    for _ in range(WARMUP):
+        engine.decode()
+    expected = _tokens(Eager(model, prompt, new_tokens), new_tokens)
+    assert _tokens(engine, new_tokens) == expected
+
+
+def test_the_rotary_table_of_a_capture_is_never_replaced(monkeypatch):
+    """A captured prefill goes on reading the table it met, and decoding past its end must not free that one."""
+    torch._dynamo.reset()
+    model = SPDModel.random(replace(TINY, max_positions=512), "tiny", Shards(1)).transformer
+    prompt = torch.randint(96, (1, 250), generator=torch.Generator().manual_seed(0))
+    met = []
+    monkeypatch.setattr("spd.engines._ready", lambda function, like: met.append(model.rotary.kept) or function)
+    engine = Compiled(model, prompt, 10, backend="eager")
+    _tokens(engine, 10)
+    assert all(table is model.rotary.kept for table in met)
 
 
 def _against(runtime: Runtime, folder: str, tp: int) -> dict:
