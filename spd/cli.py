@@ -4,6 +4,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from spd.errors import SPDError
 from spd.options import (
@@ -284,22 +285,22 @@ def main(only: Command | None = None) -> None:
             only, words = COMMANDS[words[0]], words[1:]
         only.run(words, given.experiment)
     except SPDError as error:
-        sys.exit(f"{_rank()}{error}")
+        _fail(str(error), 1)
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: who read the output has gone
         sys.exit(130)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="spd-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
         reason = " ".join(str(error).split())[:120]
-        print(f"{_rank()}This is a bug of spd: {type(error).__name__}: {reason} ({file.name}).", file=sys.stderr)
-        sys.exit(70)
+        _fail(f"This is a bug of spd: {type(error).__name__}: {reason} ({file.name}).", 70)
     sys.exit(0)
 
 
-def _rank() -> str:
-    from spd.launch import environment_rank
+def _fail(sentence: str, code: int) -> NoReturn:
+    from spd.launch import environment_rank, leave, say
 
-    return f"rank {environment_rank()}: " if environment_rank() else ""
+    say(f"rank {environment_rank()}: {sentence}" if environment_rank() else sentence)
+    leave(code)
 
 
 def overview() -> str:

@@ -1,5 +1,6 @@
 """Real processes (gloo) against one process: the same numbers, the counted collectives, the launchers."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -258,3 +259,18 @@ def test_torchrun_with_a_degree_that_does_not_fit(plain, text_of_words, tmp_path
     assert run.returncode != 0
     assert "tp=1 is not a multiple of the 2 processes that share it." in run.stderr
     assert not run.stdout.strip()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_group_is_taken_down_on_a_clean_end_alone(monkeypatch, fails):
+    """Where one process fails, NCCL's end waits for the others, and the sentence that says why is never seen."""
+    from spd import launch
+
+    done = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launch.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: done.append(1))
+    with contextlib.suppress(SPDError), launch.runtime():
+        if fails:
+            raise SPDError("One process failed.")
+    assert len(done) == (not fails)

@@ -20,7 +20,7 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 8127 and len(LIBRARY) <= 42
+    assert lines(*LIBRARY) <= 8136 and len(LIBRARY) <= 42
     assert lines(*SCRIPTS) <= 2918
 
 
