@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -248,14 +248,6 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
         else:
             made[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5, generator=generator)
     return made
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` make a file beside `path`, then renames it: readers find the earlier file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
 
 
 def dense_tensors(model: Transformer, config: ModelConfig, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

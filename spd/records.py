@@ -1,4 +1,4 @@
-"""One self-describing JSON record a run.
+"""One self-describing JSON record a run, and the one way in which files are written.
 
 The record on disk is the truth: it is written whole or not at all, and everything else (MLflow, tables, figures) is
 a function of it.
@@ -12,12 +12,14 @@ import re
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from spd import __version__
 from spd.errors import SPDError
@@ -28,49 +30,33 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 # ---------------------------------------------------------------- records
 
 
-def make_record(
-    command: str,
-    config: Mapping[str, Any],
-    result: Mapping[str, Any],
-    *,
-    started: datetime,
-    seconds: float | None = None,
-    model: Mapping[str, Any] | None = None,
-    tp: int | None = None,
-    data: Mapping[str, Any] | None = None,
-    plan: str | None = None,
-    reproduction: str | None = None,
-    argv: Sequence[str] | None = None,
-) -> dict:
+def make_record(command: str, config: Mapping, result: Mapping, *, started: datetime, **stated: Any) -> dict:
     """The record of one run: what was asked, of what, by which code, on which machine, and what came out.
 
-    `started` is an aware datetime; `seconds` is counted from it to now when left out. `config` holds every option of
-    the command, `result` the document the command prints, `plan` the letters, `model` at least `name`, `fingerprint`
-    and `blocks`, `data` `text`, `fingerprint`, `seq_len`, `windows` and `skip`.
+    `config` holds every option of the command, `result` the document it prints, `started` is an aware datetime.
+    `stated` are `tp`, `plan` (letters), `reproduction`, `model` (at least `name`, `fingerprint`, `blocks`), `data`
+    (`text`, `fingerprint`, `seq_len`, `windows`, `skip`); and `argv` and `seconds` where they are not this process's.
     """
     started = started.astimezone(UTC)
-    return {
+    record = {
         "schema": SCHEMA,
         "id": f"{started:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
         "command": command,
-        "argv": ["spd", *sys.argv[1:]] if argv is None else list(argv),
+        "argv": ["spd", *sys.argv[1:]],
         "config": json.loads(json.dumps(dict(config), default=str)),  # paths, also in lists, as text
-        "model": None if model is None else dict(model),
-        "tp": tp,
-        "data": None if data is None else dict(data),
-        "plan": plan,
+        **dict.fromkeys(("model", "tp", "data", "plan", "reproduction")),
         "result": dict(result),
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
         "started": started.isoformat(timespec="microseconds"),
-        "seconds": (datetime.now(UTC) - started).total_seconds() if seconds is None else seconds,
-        "reproduction": reproduction,
+        "seconds": (datetime.now(UTC) - started).total_seconds(),
     }
+    return record | stated
 
 
 def write_record(record: Mapping[str, Any], directory: Path | str = "runs") -> Path:
-    """Write `record` as `directory/ID.json` and return the path. Raises SPDError as `write_json` does."""
+    """Writes `directory/ID.json` and gives its path."""
     path = Path(directory) / f"{record['id']}.json"
     write_json(path, record)
     return path
@@ -80,69 +66,96 @@ def versions() -> dict[str, str]:
     """Versions of Python, of this package and of those installed packages that can move a number; imports none."""
     found = {"python": platform.python_version(), "spd": __version__}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def hardware() -> dict[str, Any]:
     """CPU model, cores this process may use, memory in GiB, and the name of each GPU that torch sees."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
-    try:
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        memory = None
-    return {"cpu": _cpu_model(), "cores": cores, "memory_gib": memory, "gpus": _gpus()}
+    import psutil
+    import torch
 
+    from spd.launch import cores
 
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    try:
-        import torch
-    except ImportError:
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    described = Path("/proc/cpuinfo")  # of Linux; `platform` does not know the model there
+    model = re.search(r"^model name\s*:\s*(.+)", described.read_text() if described.exists() else "", re.MULTILINE)
+    return {
+        "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
 
 
 def git_state() -> dict[str, Any] | None:
     """Commit of the checkout this package runs from and whether tracked files differ from it; None outside one."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-
+    root = Path(__file__).resolve().parents[1]  # named, as an installed copy may lie inside some other repository
+    command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "describe", "--exclude=*"]
+    command += ["--always", "--abbrev=40", "--dirty"]
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside some other repository
-        commit = git("rev-parse", "HEAD").strip()
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no").strip())}
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+    return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
+
+
+class Record(BaseModel):
+    """What every record has; `schema` is also a name of pydantic's."""
+
+    schema_: Literal[SCHEMA] = Field(alias="schema")
+    id: str
+    command: str
+    result: dict
+    hardware: dict
+    started: AwareDatetime
+
+
+def load_records(paths: Iterable[Path | str]) -> list[dict]:
+    """Records of the given files, and of the JSON files in the given folders and theirs, oldest first.
+
+    Raises SPDError when a file cannot be read, is not strict JSON, or is not a record of this schema.
+    """
+    found = {record["id"]: record for path in files_of(paths) for record in [read_record(path)]}
+    return sorted(found.values(), key=lambda record: (record["started"], record["id"]))
+
+
+def files_of(paths: Iterable[Path | str]) -> list[Path]:
+    """The given files, and the JSON files in the given folders and theirs."""
+    return [file for path in map(Path, paths) for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
+
+
+def read_record(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_bytes(), parse_constant=_refuse)
+        Record.model_validate(record)
+        return record
+    except OSError as error:
+        raise SPDError(f"Cannot read record {path}: {error.strerror or error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        reason = f"it has no {name}" if first["type"] == "missing" else f"{name}: {first['msg']}"
+        raise SPDError(f"{path} is not a record: {reason}.") from None
+    except ValueError as error:
+        raise SPDError(f"Record {path} is not strict JSON: {error}.") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number of JSON")
 
 
 # ---------------------------------------------------------------- files
 
 
 def write_json(path: Path | str, document: Any) -> None:
-    """Write `document` as strict JSON, whole or not at all.
+    """Writes strict JSON, whole or not at all.
 
     Raises SPDError when a number is not finite, when something has no JSON form, or when the file cannot be written.
     """
-    place = next(_non_finite(document), None)
-    if place is not None:
-        raise SPDError(f"{path} was not written: {place} is not a finite number, which JSON cannot hold.")
+    for place, value in _leaves(document):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SPDError(f"{path} was not written: {place} ({value}) is not a finite number, which JSON cannot hold.")
     try:
         text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -150,8 +163,24 @@ def write_json(path: Path | str, document: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def _leaves(document: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(document, Mapping):
+        for key, part in document.items():
+            yield from _leaves(part, f"{place}.{key}".lstrip("."))
+    elif isinstance(document, list | tuple):
+        for index, part in enumerate(document):
+            yield from _leaves(part, f"{place}[{index}]")
+    else:
+        yield place, document
+
+
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: readers see the old file or the whole new one.
+    """`write_whole` of some bytes."""
+    write_whole(path, lambda partial: partial.write_bytes(content))
+
+
+def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file beside `path`, then renames it: readers see the old file or the whole new one.
 
     Missing folders are made; a link is followed; a device or pipe (`/dev/null`) is written to, not replaced.
     Raises SPDError with the path and the reason.
@@ -161,73 +190,21 @@ def write_bytes(path: Path | str, content: bytes) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file() and not target.is_dir():
-            target.write_bytes(content)
+            write(target)
             return
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            _forget(partial)
-            raise
+        write(partial)
+        with open(partial, "rb") as file:  # on the disk before it has its name
+            os.fsync(file.fileno())
+        os.replace(partial, target)
     except OSError as error:
         raise SPDError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            partial.unlink()
 
 
 def check_writable(folder: Path | str) -> None:
     """Raises SPDError unless a file can be written into `folder`, which is made where it is missing."""
     probe = Path(folder) / f".{os.getpid()}.probe"
     write_bytes(probe, b"")
-    _forget(probe)
-
-
-def _forget(path: Path) -> None:
-    with suppress(OSError):  # the reason already on its way up is the one worth reading
-        path.unlink(missing_ok=True)
-
-
-def _non_finite(document: Any, place: str = "document") -> Iterator[str]:
-    if isinstance(document, float) and not math.isfinite(document):
-        yield f"{place} ({document})"
-    elif isinstance(document, Mapping):
-        for key, value in document.items():
-            yield from _non_finite(value, str(key) if place == "document" else f"{place}.{key}")
-    elif isinstance(document, (list, tuple)):
-        for index, value in enumerate(document):
-            yield from _non_finite(value, f"{place}[{index}]")
-
-
-# ---------------------------------------------------------------- reading
-
-
-def load_records(paths: Iterable[Path | str]) -> list[dict]:
-    """Records of the given files, and of the JSON files in the given folders and theirs, oldest first.
-
-    Raises SPDError when a file cannot be read, is not strict JSON, or is not a record of this schema.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    records = {record["id"]: record for record in map(_load, files)}
-    return sorted(records.values(), key=lambda record: (record["started"], record["id"]))
-
-
-def _load(path: Path) -> dict:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
-        raise SPDError(f"Cannot read record {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise SPDError(f"Record {path} is not strict JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise SPDError(f"{path} is not a record: it has no key schema with the value {SCHEMA}.")
-    missing = [key for key in ("id", "command", "result", "started", "hardware") if record.get(key) is None]
-    if missing:
-        raise SPDError(f"Record {path} has no {', '.join(missing)}.")
-    return record
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
+    probe.unlink(missing_ok=True)

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spd.checkpoint import load_changed, write_whole
+from spd.checkpoint import load_changed
 from spd.comm import Shards
 from spd.errors import SPDError
 from spd.model import Transformer
-from spd.records import write_json
+from spd.records import write_json, write_whole
 
 PROGRESS = "progress.json"
 PLAN = "plan.json"

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
+import subprocess
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from spd import records
 from spd.errors import SPDError
-from spd.records import make_record, write_json, write_record
+from spd.records import load_records, make_record, write_json, write_record
 
 STARTED = datetime(2020, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = {"name": "some/where/synthetic-2", "fingerprint": "f00d", "blocks": 2}
@@ -46,6 +49,29 @@ def test_a_record_is_whole_strict_json_that_describes_itself(tmp_path):
 
 def test_two_records_of_one_second_have_different_names():
     assert _record()["id"] != _record()["id"]
+
+
+def test_the_commit_is_that_of_the_package_and_no_other_repository_s(tmp_path, monkeypatch):
+    """In a checkout, in one with a local change, and in a copy that lies inside somebody else's repository."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+
+    def git(*words: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    (tmp_path / "spd").mkdir()
+    (tmp_path / "spd" / "records.py").write_text("one")
+    git("init")
+    git("add", "spd")
+    git("commit", "-m", "one")
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "spd" / "records.py"))
+    assert records.git_state() == {"commit": git("rev-parse", "HEAD").strip(), "dirty": False}
+    (tmp_path / "spd" / "records.py").write_text("two")
+    (tmp_path / "untracked").touch()
+    assert records.git_state()["dirty"] is True
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "lib" / "spd" / "records.py"))
+    assert records.git_state() is None
 
 
 def test_seconds_are_counted_when_left_out():
@@ -96,3 +122,32 @@ def test_a_link_is_followed_and_a_device_is_not_replaced(tmp_path):
     write_json(tmp_path / "pipe", {"a": 1})
     reader.join(5)
     assert json.loads(got[0]) == {"a": 1} and (tmp_path / "pipe").is_fifo()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_records_are_read_once_each_and_the_oldest_first(tmp_path):
+    late, early = _record(), _record("sensitivity", SENSITIVITY)
+    early["started"] = "2019-01-01T00:00:00+00:00"
+    paths = [write_record(record, tmp_path / "a" / "b") for record in (late, early)]
+    assert load_records([tmp_path, *paths]) == [json.loads(json.dumps(record)) for record in (early, late)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 2}, "is not a record: schema: Input should be 1"),
+        ({"hardware": None}, "is not a record: hardware: Input should be a valid dictionary"),
+        ({"started": "yesterday"}, "is not a record: started: "),
+        ({"result": {"perplexity": float("nan")}}, "is not strict JSON: "),
+    ],
+)
+def test_what_is_no_record_is_refused_in_one_sentence(tmp_path, changes, message):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(_record() | changes))
+    with pytest.raises(SPDError, match=message) as refused:
+        load_records([path])
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(SPDError, match="Cannot read record .*No such file"):
+        load_records([tmp_path / "missing.json"])
