@@ -55,7 +55,8 @@ def test_budget():
     assert [blocks_of(p, 80) for p in (91.3, 97.5, 98.8)] == [73, 78, 79]
     for wrong, message in (
         ("9", "more than the model's 8"),
-        ("101%", "more than all"),
+        ("101%", "more than the model's 8"),
+        ("100.4%", "more than the model's 8"),
         ("x", "not a budget"),
         ("2.5", "not a budget"),
     ):
@@ -121,6 +122,8 @@ def test_sensitivity_files_belong_to_model_and_degree(tmp_path):
         ("{}", "model: Field required"),
         (json.dumps(good | {"sensitivity": [1.0, float("nan")]}), "sensitivity: 1: .*finite"),
         (json.dumps(good | {"sensitivity": []}), "at least 1"),
+        (json.dumps(good | {"sensitivity": [1.0, "2"]}), "sensitivity: 1: .*valid number"),
+        (json.dumps(good | {"tp": "4"}), "tp: .*valid integer"),
         (json.dumps(good | {"perplexity_from": [3.0, 2.0]}), "perplexity_from holds 2 numbers, .* should be 3"),
     ):
         path.write_text(wrong)
