@@ -23,12 +23,14 @@ def test_a_sweep_is_a_run_a_strategy_with_the_same_names_over_blocks_dropped():
     assert ("perplexity", 6.0, 2) in found["b2b+hg"]
     ((_, metrics),) = curves(_record("sensitivity", SENSITIVITY))
     assert [m for m in metrics if m[0] == "sensitivity"] == [("sensitivity", 4.0, 0), ("sensitivity", 1.0, 1)]
-    rows = [{"plan": p, "blocks_dropped": b, "ttft_ms": {"median": t}, "tpot_ms": None}
-            for p, b, t in (("FF FF", 0, 4.0), ("DF FF", 1, 2.0))]  # fmt: skip
+    rows = [
+        {"plan": plan, "blocks_dropped": blocks, "ttft_ms": {"median": ttft}, "tpot_ms": None}
+        for plan, blocks, ttft in (("FF FF", 0, 4.0), ("DF FF", 1, 2.0))
+    ]
     ((_, metrics),) = curves(_record("bench", {"plans": rows}))
     assert {("ttft_ms", 2.0, 1), ("speedup", 2.0, 1), ("speedup", 1.0, 0)} <= set(metrics)
-    repaired = {"blocks": [{"index": 2, "loss_before": 0.5, "loss_after": 0.25}], "plan": "FF FF DF",
-                "perplexity_before": 5.0, "perplexity_after": 4.0}  # fmt: skip
+    repaired = {"blocks": [{"index": 2, "loss_before": 0.5, "loss_after": 0.25}], "plan": "FF FF DF"}
+    repaired |= {"perplexity_before": 5.0, "perplexity_after": 4.0}
     ((_, metrics),) = curves(_record("distill", repaired))
     assert {("loss_after", 0.25, 2), ("perplexity", 4.0, 1)} <= set(metrics)
 
@@ -56,8 +58,8 @@ def test_a_reproduction_is_one_parent_also_of_stages_mirrored_at_once(tmp_path):
     sweep = write_record(_record(reproduction="tiny"), tmp_path / "runs")
     figure = tmp_path / "figure.png"
     figure.write_text("a picture")
-    done = subprocess.run([*words, tmp_path / "runs", "--files", figure], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True)  # fmt: skip
+    words += [tmp_path / "runs", "--files", figure]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     from mlflow import MlflowClient
@@ -65,7 +67,7 @@ def test_a_reproduction_is_one_parent_also_of_stages_mirrored_at_once(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("spd").experiment_id])
     parents = {r.data.tags["reproduction"]: r.info.run_id for r in runs if r.data.tags["command"] == "reproduction"}
-    assert set(parents) == {"tiny", "it_s other"} and len(runs) == 2 + 3 + 2  # of the sweep one a strategy
+    assert set(parents) == {"tiny", "it's other"} and len(runs) == 2 + 3 + 2  # of the sweep one a strategy
     children = [r for r in runs if r.data.tags["command"] != "reproduction"]
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == set(parents.values())
     (zs,) = [r for r in runs if r.data.tags.get("strategy") == "zs"]
