@@ -17,7 +17,7 @@ from budget import GIB, Budget, stages
 
 from spd.checkpoint import SafetensorsFolder
 from spd.config import ModelConfig
-from spd.data import BUILTIN, HUB_TEXTS, read_hub_text, read_text
+from spd.data import BUILTIN, read_text
 from spd.errors import SPDError
 from spd.launch import runtime
 from spd.options import read_experiment
@@ -123,10 +123,8 @@ def _texts(needs: Needs) -> list[str]:
     found = []
     for text in dict.fromkeys(needs.texts):
         try:
-            if text in HUB_TEXTS:
-                read_hub_text(text)
-            elif text not in BUILTIN:
-                read_text(Path(text))
+            if text not in BUILTIN:
+                read_text(text)
         except SPDError as error:
             found.append(str(error))
     return found

@@ -1,7 +1,6 @@
 """Token windows for calibration and evaluation."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,8 @@ BUILTIN = {"builtin": True, "builtin-train": False}  # name -> held out?
 # name -> data set, configuration and split on the hub; rows joined by empty lines, as GPTQ's protocol has it
 HUB_TEXTS = {f"wikitext2-{split}": ("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")}
 CHARACTERS_PER_TOKEN = 8  # generous: how much of a long text to read for a number of tokens, at first
+SPARE = 64  # tokens at the end of a text read in part, which may be others than the whole text's
+WHOLE = 2**25  # characters up to which a text is read whole: tokenising takes about 200 bytes of memory for each
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def read_windows(
     """The first `windows` (or all) windows of `seq_len` tokens after `skip`, the tail discarded.
 
     The whole `text` (a file, `builtin`, which is spd-tiny's held-out text, `builtin-train`, or a name of `HUB_TEXTS`)
-    is tokenised without special tokens; this is GPTQ's protocol but for its one leading BOS.
+    is tokenised without special tokens; this is GPTQ's protocol but for its one leading BOS. Of a text too long for
+    that, and of `builtin-train`, only as much is as the windows take.
     """
     if seq_len < 2:
         raise SPDError(f"A window of {seq_len} tokens has nothing to predict; at least 2 are needed.")
@@ -62,8 +64,7 @@ def read_windows(
         raise SPDError(f"Windows of {seq_len} tokens exceed the model's {max_positions} positions.")
     if (windows is not None and windows < 1) or skip < 0:
         raise SPDError(f"windows must be at least 1 and skip at least 0, and are {windows} and {skip}.")
-    wanted = None if windows is None else (skip + windows) * seq_len
-    ids, whole, note = _tokens(text, tokenizer, wanted)
+    ids, whole, note = _tokens(text, tokenizer, None if windows is None else (skip + windows) * seq_len)
     count = len(ids) // seq_len
     if count <= skip:
         after = f", of which {skip} are skipped" if skip else ""
@@ -75,30 +76,47 @@ def read_windows(
     return Windows(tokens, Path(text).name, skip, count if whole else None, note)
 
 
-def _tokens(text: str, tokenizer, wanted: int | None) -> tuple[list[int], bool, str | None]:
-    """(token ids, whether of the whole text, note)."""
-    if text == "builtin-train" and wanted is not None:  # 24 million characters: read no more than needed
-        ids = _enough(lambda n: corpus.read(held_out=False, characters=n), tokenizer, wanted)
-        return ids, False, None
-    if text in BUILTIN:
-        content = corpus.read(BUILTIN[text])
-        note = corpus.difference_from_committed(content, BUILTIN[text])
-    else:
-        content, note = read_hub_text(text) if text in HUB_TEXTS else read_text(Path(text)), None
-    return tokenizer(content, add_special_tokens=False)["input_ids"], True, note
-
-
-def _enough(read: Callable[[int], str], tokenizer, wanted: int) -> list[int]:
-    characters, length = wanted * CHARACTERS_PER_TOKEN, -1
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> tuple[list[int], bool, str | None]:
+    """(token ids, of which `wanted` are enough, whether they are all of the text's, note)."""
+    characters = 0 if text == "builtin-train" and wanted is not None else WHOLE  # parsing all of it takes a minute
+    if wanted is not None:
+        characters = max(characters, wanted * CHARACTERS_PER_TOKEN)
     while True:
-        content = read(characters)
+        content = read_text(text, characters + 1)
+        whole = len(content) <= characters
+        if not whole and wanted is None:
+            raise SPDError(
+                f"The text {text} has more than {WHOLE:,} characters, too many to be tokenised at once; say how many "
+                "windows are wanted (--windows), and no more of it is read than they take."
+            )
         ids = tokenizer(content, add_special_tokens=False)["input_ids"]
-        if len(ids) > wanted or len(content) == length:  # one more: the last may be cut
-            return ids
-        characters, length = 2 * characters, len(content)
+        if whole or len(ids) >= wanted + SPARE:
+            note = corpus.difference_from_committed(content, BUILTIN[text]) if whole and text in BUILTIN else None
+            return ids, whole, note
+        characters *= 2
 
 
-def read_hub_text(name: str) -> str:
+def read_text(text: str, characters: int | None = None) -> str:
+    """The content of a file (UTF-8, not empty), a built-in text or a hub's; or its first `characters` characters."""
+    if text in BUILTIN:
+        return corpus.read(BUILTIN[text], characters)
+    if text in HUB_TEXTS:
+        return _read_hub_text(text)[:characters]
+    try:
+        with Path(text).open(encoding="utf-8") as file:
+            content = file.read(characters)
+    except FileNotFoundError:
+        raise SPDError(f"There is no text {text}; give a file or one of {', '.join((*BUILTIN, *HUB_TEXTS))}.") from None
+    except UnicodeDecodeError:
+        raise SPDError(f"The text {text} is not UTF-8.") from None
+    except OSError as error:
+        raise SPDError(f"The text {text} cannot be read ({error.strerror}).") from error
+    if not content.strip():
+        raise SPDError(f"The text {text} is empty.")
+    return content
+
+
+def _read_hub_text(name: str) -> str:
     """One of `HUB_TEXTS`, downloaded or from the data sets' cache."""
     from datasets import load_dataset
 
@@ -111,18 +129,3 @@ def read_hub_text(name: str) -> str:
             "give a file (make: TEXT=FILE)."
         ) from error
     return "\n\n".join(rows["text"])
-
-
-def read_text(path: Path) -> str:
-    """The content of a non-empty UTF-8 text."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SPDError(f"There is no text {path}; give a file or one of {', '.join((*BUILTIN, *HUB_TEXTS))}.") from None
-    except UnicodeDecodeError:
-        raise SPDError(f"The text {path} is not UTF-8.") from None
-    except OSError as error:
-        raise SPDError(f"The text {path} cannot be read ({error.strerror}).") from error
-    if not content.strip():
-        raise SPDError(f"The text {path} is empty.")
-    return content
