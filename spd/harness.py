@@ -5,10 +5,8 @@ rank 0 of 1, with the same requests; where several copies of the model run, they
 """
 
 import atexit
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
@@ -26,16 +24,12 @@ from spd.launch import Replicas, bar, runtime
 from spd.model import KVCache, Transformer
 from spd.pretrained import SPDModel
 
+BATCH = 16  # contexts in a forward pass, and continuations in the passes after it
+NEW_TOKENS = 256  # where a task does not say how many; the harness's own
+
 Tokens = tuple[int, ...]
+Question = tuple[Tokens, list[Tokens]]  # a context, and the different continuations asked for after it
 Score = tuple[float, bool]  # log-probability in nats, and whether greedy decoding would have given the same
-
-
-@dataclass
-class Question:
-    """A context and the different continuations asked for after it."""
-
-    context: Tokens
-    continuations: list[Tokens]
 
 
 def questions(asked: Iterable[tuple[Tokens, Tokens]]) -> list[Question]:
@@ -43,13 +37,8 @@ def questions(asked: Iterable[tuple[Tokens, Tokens]]) -> list[Question]:
     by_context: dict[Tokens, dict[Tokens, None]] = {}
     for context, continuation in asked:
         by_context.setdefault(context, {})[continuation] = None
-    found = [Question(context, list(continuations)) for context, continuations in by_context.items()]
-    return sorted(found, key=lambda q: (-len(q.context), q.context))
-
-
-def chunks(items: list, size: int) -> list[list]:
-    """Consecutive parts of `size` items; the last may be shorter."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    found = [(context, list(continuations)) for context, continuations in by_context.items()]
+    return sorted(found, key=lambda question: (-len(question[0]), question[0]))
 
 
 @torch.no_grad()
@@ -60,19 +49,19 @@ def score(model: Transformer, batch: list[Question], rows_at_once: int) -> dict[
     over at most `rows_at_once` of them. Nothing but the logits that are asked for is computed.
     """
     device = model.embedding.weight.device
-    contexts, valid = pad_left([list(q.context) for q in batch], device)
-    rows = [(owner, c) for owner, q in enumerate(batch) for c in q.continuations]
+    contexts, valid = pad_left([list(context) for context, _ in batch], device)
+    rows = [(owner, c) for owner, (_, continuations) in enumerate(batch) for c in continuations]
     longer = sorted((i for i, (_, c) in enumerate(rows) if len(c) > 1), key=lambda i: -len(rows[i][1]))
     cache = model.new_cache(*contexts.shape) if longer else None
     last = model(contexts, cache, valid, last_only=True)[:, 0]  # (questions, vocabulary)
     owners = torch.tensor([owner for owner, _ in rows], device=device)
     total, greedy = grade(last[owners, None], torch.tensor([[c[0]] for _, c in rows], device=device))
-    for part in chunks(longer, rows_at_once):
+    for part in Collator.get_chunks(longer, rows_at_once):
         more, also = _rest(model, cache, valid, owners[part], [rows[i][1] for i in part])
         total[part] += more
         greedy[part] &= also
-    keys = [(batch[owner].context, c) for owner, c in rows]
-    return dict(zip(keys, zip(total.tolist(), greedy.tolist(), strict=True), strict=True))
+    scores = zip(total.tolist(), greedy.tolist(), strict=True)
+    return {(batch[owner][0], c): found for (owner, c), found in zip(rows, scores, strict=True)}
 
 
 def _rest(model: Transformer, cache: KVCache, valid: Tensor | None, owners: Tensor, rows: list[Tokens]):
@@ -98,10 +87,6 @@ def grade(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return -losses.view_as(targets).double().sum(-1), greedy.all(-1)
 
 
-BATCH = 16  # contexts in a forward pass, and continuations in the passes after it
-NEW_TOKENS = 256  # where a task does not say how many; the harness's own
-
-
 @register_model("spd")
 class SpdLM(TemplateLM):
     """`spd` among the models of lm-evaluation-harness; the arguments are its `--model_args`."""
@@ -119,86 +104,72 @@ class SpdLM(TemplateLM):
         `batch_size` contexts go into a forward pass; only the main process shows progress.
         """
         super().__init__()
-        self.batch_size = _batch_size(batch_size)
-        self.replicas, self.is_main = replicas or Replicas(), is_main
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise SPDError(
+                f"batch_size={batch_size} is not supported: the processes that share a model must agree on every "
+                "batch, so give a number of contexts."
+            )
+        self.batch_size, self.replicas, self.is_main = int(batch_size), replicas or Replicas(), is_main
         if not isinstance(pretrained, SPDModel):
             pretrained, self.is_main = read(pretrained, **reading)
         self.model, self.tokenizer = pretrained, pretrained.tokenizer
         self.max_length = pretrained.config.max_positions
+        self.tokenizer_name = pretrained.name.replace("/", "__")
+        self.eot_token_id = self.tokenizer.eos_token_id
+        bos = self.tokenizer.bos_token_id
+        self.prefix_token_id = self.eot_token_id if bos is None else bos  # what a text without context follows
         self.truncated = 0  # requests so far whose context was cut from the left
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.transformer.embedding.weight.device
-
-    @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What a text without context is taken to follow."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.model.name.replace("/", "__")
+    # Set in the constructor; the harness's own are properties.
+    eot_token_id = prefix_token_id = tokenizer_name = None
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids; BOS is the tokenizer's affair, but a text that begins with one gets no second."""
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        return self.tokenizer.encode(
-            string, **({} if add_special_tokens is None else {"add_special_tokens": add_special_tokens})
-        )
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options)
 
-    def _share(self, batches: list[list], work: Callable[[list], dict]) -> dict:
-        """What `work` says of each batch, all in one; the batches are divided over the copies of the model."""
+    def _share(self, batches: list[list], work: Callable[[list], Iterable]) -> list:
+        """What `work` gives for each batch, one after the other; copies of the model divide the batches."""
         with bar(-(-len(batches) // self.replicas.count), "batches", self.is_main) as progress:
 
-            def one(batch: list) -> dict:
-                found = work(batch)
+            def one(batch: list) -> list:
+                found = list(work(batch))
                 progress(1)
                 return found
 
-            return {key: value for found in self.replicas.share(batches, one) for key, value in found.items()}
+            return [each for found in self.replicas.share(batches, one) for each in found]
 
     # ---------------------------------------------------------------- log-likelihoods
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
-        """One score a request (context, continuation)."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability of each whole text in nats, in windows of all positions that predict every token once."""
-        texts = [request.args[0] for request in requests]
-        windows = [[(None, *make_disjoint_window(window)) for window in self._windows(text)] for text in texts]
+        totals = []
+        windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._loglikelihood_tokens([window for group in windows for window in group]))
-        totals = [sum(next(scores)[0] for _ in group) for group in windows]
-        for text, total in zip(texts, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        for request, group in zip(requests, windows, strict=True):
+            totals.append(sum(next(scores)[0] for _ in group))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
-    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        return get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
+    def _windows(self, text: str) -> list[tuple[None, list[int], list[int]]]:
+        tokens, prefix = self.tok_encode(text), self.prefix_token_id
+        windows = get_rolling_token_windows(tokens, prefix, self.max_length, context_len=1)
+        return [(None, *make_disjoint_window(window)) for window in windows]
 
     def _loglikelihood_tokens(self, requests: list[tuple], **_) -> list[Score]:
         """One score a request (its name in the cache, context, continuation); equal ones are run once."""
         asked = [self._fit(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        known = self._share(
-            chunks(questions(asked), self.batch_size),
-            lambda batch: score(self.model.transformer, batch, self.batch_size),
-        )
-        answers = [known[key] for key in asked]
-        for (name, *_), answer in zip(requests, answers, strict=True):
+        batches, model = list(Collator.get_chunks(questions(asked), self.batch_size)), self.model.transformer
+        known = dict(self._share(batches, lambda batch: score(model, batch, self.batch_size).items()))
+        for (name, *_), key in zip(requests, asked, strict=True):
             if name is not None:
-                self.cache_hook.add_partial("loglikelihood", name, answer)
-        return answers
+                self.cache_hook.add_partial("loglikelihood", name, known[key])
+        return [known[key] for key in asked]
 
     def _fit(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, Tokens]:
         """The context cut from the left to the model's positions; the last token is predicted, never read."""
@@ -215,60 +186,40 @@ class SpdLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Each request's continuation, up to the first of its stop sequences."""
-        asked = [(str(request.args[1]), tuple(self.tok_encode(request.args[0]))) for request in requests]
-        options = {name: request.args[1] for (name, _), request in zip(asked, requests, strict=True)}
-        order = sorted(set(asked), key=lambda key: (key[0], -len(key[1]), key[1]))
-        batches = [part for _, same in groupby(order, lambda key: key[0]) for part in chunks([*same], self.batch_size)]
-        texts = self._share(batches, lambda batch: self._continue(batch, options[batch[0][0]]))
-        answers = [texts[key] for key in asked]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, answer)
-        return answers
+        asked = [(self.tok_encode(request.args[0]), request.args[1]) for request in requests]
+        order = Collator(asked, lambda one: -len(one[0]), lambda one: str(one[1]), group_by="gen_kwargs")
+        texts = order.get_original(self._share(list(order.get_batched(self.batch_size)), self._continue))
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
 
-    def _continue(self, batch: list[tuple[str, Tokens]], options: dict) -> dict[tuple[str, Tokens], str]:
-        """The texts that follow contexts with the same options, by context."""
-        options = normalize_gen_kwargs(options, NEW_TOKENS)
+    def _continue(self, batch: list[tuple[list[int], dict]]) -> list[str]:
+        """The texts that follow contexts with the same options."""
+        options = normalize_gen_kwargs(batch[0][1], NEW_TOKENS)
         new, room = options["max_gen_toks"], self.max_length - options["max_gen_toks"]
         if room < 1:
             raise SPDError(f"{new} new tokens leave no room for a prompt in the model's {self.max_length} positions.")
         stops = handle_stop_sequences(options["until"], self.tokenizer.decode(self.eot_token_id))
-        prompts = [list(context[-room:]) for _, context in batch]
-        sampling = Sampling(
-            options["temperature"] if options["do_sample"] else 0.0, options.get("top_k"), options.get("top_p")
-        )
-        rows = generate(self.model.transformer, prompts, new, sampling, lambda row: self._stopped(row, stops))
-        texts = [self._text(row[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
-        return {key: postprocess_generated_text(text, stops, None) for key, text in zip(batch, texts, strict=True)}
+        temperature = options["temperature"] if options["do_sample"] else 0.0
+        sampling = Sampling(temperature, options.get("top_k"), options.get("top_p"))
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        def text_of(tokens: list[int]) -> str:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _stopped(self, tokens: list[int], stops: list[str]) -> bool:
-        text = self._text(tokens)
-        return any(stop in text for stop in stops)
+        def stopped(tokens: list[int]) -> bool:
+            text = text_of(tokens)
+            return any(stop in text for stop in stops)
 
-
-def _batch_size(given: int | str) -> int:
-    if not str(given).isdigit() or int(given) < 1:
-        raise SPDError(
-            f"batch_size={given} is not supported: the processes that share a model must agree on every batch, so "
-            "give a number of contexts."
-        )
-    return int(given)
+        prompts = [context[-room:] for context, _ in batch]
+        rows = generate(self.model.transformer, prompts, new, sampling, stopped)
+        texts = [text_of(row[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
+        return [postprocess_generated_text(text, stops, None) for text in texts]
 
 
 def read(
-    name: str | Path,
-    tp: int = 1,
-    plan: str | Path | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    max_batch_size: int | None = None,
+    name: str | Path, tp: int = 1, plan: str | Path | None = None, device: str = "cpu", dtype: str = "float32"
 ) -> tuple[SPDModel, bool]:
-    """The model, on the processes that a launcher started if it did, and whether this one is the main one.
-
-    The harness always gives `max_batch_size`, which goes with batches of its own choice: not with these.
-    """
+    """The model, on the processes that a launcher started if it did, and whether this one is the main one."""
     stack = ExitStack()
     atexit.register(stack.close)  # the harness never says when it is done with a model
     here = stack.enter_context(runtime(str(device).partition(":")[0]))
