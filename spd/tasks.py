@@ -1,21 +1,21 @@
 """The paper's tasks as lm-evaluation-harness defines them, with rows from the hub, from local files, or of our own."""
 
 import io
-import json
 import logging
-import math
 import sys
+from collections import defaultdict
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import datasets
 import lm_eval.tasks
+from datasets import Dataset, DatasetDict
+from lm_eval.api.metrics import mean_stderr, unweighted_mean_stderr
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
+from pydantic import TypeAdapter, ValidationError
 from scipy.stats import binomtest
 
 from spd.errors import SPDError, one_of
@@ -35,21 +35,12 @@ PAPER = {  # the seven whose mean the paper plots -> the harness's own definitio
     "winogrande": "winogrande/default.yaml",
 }
 MMLU, MMLU_SHOTS = "mmlu", 5
+KNOWN = (*PAPER, MMLU, *tiny.TASKS)
 # hellaswag's local rows are already what its `process_docs` makes of the hub's.
 LOCAL = {"hellaswag": {"process_docs": None, "doc_to_target": "gold"}}
-_METRICS = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-_NORMED = [*_METRICS, {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]
-BUILTIN = {
-    "tiny_last_word": {
-        "output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": "{{word}}",
-        "metric_list": _METRICS,
-    },
-    "tiny_continuation": {
-        "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "choices",
-        "doc_to_target": "answer", "metric_list": _NORMED,
-    },
-}  # fmt: skip
-KNOWN = (*PAPER, MMLU, *BUILTIN)
+
+Rows = list[dict]
+Answers = dict[str, dict[str, list[float]]]  # part of a task -> metric -> whether right (1 or 0), question by question
 
 
 @dataclass(frozen=True)
@@ -68,64 +59,64 @@ class Task:
         return 1 / len(part.doc_to_choice(part.eval_docs[0])) if part.OUTPUT_TYPE == "multiple_choice" else 0.0
 
 
+# ---------------------------------------------------------------- loading
+
+
 def load_tasks(spec: str, folder: Path | None = None) -> list[Task]:
     """The tasks named in a list like `piqa,mmlu`, with rows from `folder/NAME.jsonl` or, without a folder, the hub.
 
     `folder/NAME_test.jsonl` and `NAME_validation.jsonl` serve as well; the file's name is the task's `source`.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here
-    names = list(dict.fromkeys(name.strip() for name in spec.split(",")))
-    for name in names:
-        one_of("task", name, KNOWN)
+    names = dict.fromkeys(one_of("task", name.strip(), KNOWN) for name in spec.split(","))
     return [_load(name, folder) for name in names]
 
 
 def _load(name: str, folder: Path | None) -> Task:
-    if name in BUILTIN:
-        config = BUILTIN[name] | {"task": name, "target_delimiter": ""}
-        return Task(name, {name: _build(config, {"test": tiny.ROWS[name]()}, name)}, "builtin")
+    if name in tiny.TASKS:
+        rows, config = tiny.TASKS[name]
+        return Task(name, {name: _build(config | {"task": name}, name, {"test": rows()})}, "builtin")
+    file = None if folder is None else _file(folder, name)
     if name == MMLU:
-        return _mmlu(folder)
+        return _mmlu(file)
     config = load_yaml(HARNESS / PAPER[name], resolve_func=True)
-    if folder is None:
-        return Task(name, {name: _build(config, None, name)}, "hub")
-    file = _file(folder, name)
-    return Task(name, {name: _build(config | LOCAL.get(name, {}), {"test": read_rows(file)}, file)}, file.name)
+    if file is None:
+        return Task(name, {name: _build(config, name)}, "hub")
+    return Task(name, {name: _build(config | LOCAL.get(name, {}), file, {"test": read_rows(file)})}, file.name)
 
 
-def _mmlu(folder: Path | None) -> Task:
+def _mmlu(file: Path | None) -> Task:
+    """All subjects, or those of a file, whose examples lie beside it in `mmlu_dev.jsonl`."""
     definitions = sorted((HARNESS / "mmlu/default").glob("mmlu_*.yaml"))
     configs = [load_yaml(path, resolve_func=True) | {"num_fewshot": MMLU_SHOTS} for path in definitions]
-    if folder is None:
-        return Task(MMLU, {c["task"]: _build(c, None, MMLU) for c in configs}, "hub", MMLU_SHOTS)
-    file, examples = _file(folder, MMLU), folder / "mmlu_dev.jsonl"
-    test, dev = (_by_subject(path) for path in (file, examples))
-    parts = {}
+    if file is None:
+        return Task(MMLU, {config["task"]: _build(config, MMLU) for config in configs}, "hub", MMLU_SHOTS)
+    examples, parts = file.with_name("mmlu_dev.jsonl"), {}
+    by_subject = defaultdict(lambda: {"test": [], "dev": []})
+    for split, path in (("test", file), ("dev", examples)):
+        for row in read_rows(path):
+            by_subject[row.get("subject")][split].append(row)
     for config in configs:
-        subject = config["dataset_name"]
-        if subject in test:
-            if len(dev.get(subject, [])) < MMLU_SHOTS:
-                raise SPDError(
-                    f"{examples} has not {MMLU_SHOTS} rows of the subject {subject}, as mmlu's prompts need."
-                )
-            parts[config["task"]] = _build(config, {"test": test[subject], "dev": dev[subject]}, file)
+        splits = by_subject[config["dataset_name"]]
+        if splits["test"] and len(splits["dev"]) < MMLU_SHOTS:
+            subject = config["dataset_name"]
+            raise SPDError(f"{examples} has not {MMLU_SHOTS} rows of the subject {subject}, as mmlu's prompts need.")
+        if splits["test"]:
+            parts[config["task"]] = _build(config, file, splits)
     if not parts:
         raise SPDError(f"{file} has no row of a subject of mmlu.")
     return Task(MMLU, parts, file.name, MMLU_SHOTS)
 
 
-def _by_subject(path: Path) -> dict[str, list[dict]]:
-    rows: dict[str, list[dict]] = {}
-    for row in read_rows(path):
-        rows.setdefault(row.get("subject"), []).append(row)
-    return rows
-
-
-def _build(config: dict, splits: dict[str, list[dict]] | None, source: Path | str) -> ConfigurableTask:
-    """A task of the harness, with its rows from the hub or from `splits`."""
+def _build(config: dict, source: Path | str, splits: dict[str, Rows] | None = None) -> ConfigurableTask:
+    """A task of the harness, with its rows from the hub or from `splits`; `source` names them in a mistake."""
     if splits is not None:
-        rest = {"training_split": None, "validation_split": None, "test_split": "test"}
-        config = config | rest | {"custom_dataset": partial(_dataset, splits), "dataset_path": "json"}
+
+        def made(**_) -> DatasetDict:
+            return DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+
+        used = {"training_split": None, "validation_split": None, "test_split": "test"}
+        config = config | used | {"custom_dataset": made, "dataset_path": "json"}
         if "dev" not in splits:
             config["fewshot_split"] = None
     try:
@@ -142,38 +133,33 @@ def _build(config: dict, splits: dict[str, list[dict]] | None, source: Path | st
         ) from error
 
 
-def _dataset(splits: dict[str, list[dict]], **_) -> datasets.DatasetDict:
-    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
-
-
 def _file(folder: Path, name: str) -> Path:
     candidates = [folder / f"{name}{split}.jsonl" for split in ("", "_test", "_validation")]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise SPDError(f"There is no {candidates[0]}, which the task {name} reads (nor with _test or _validation).")
+    found = next(filter(Path.is_file, candidates), None)
+    if found is None:
+        raise SPDError(f"There is no {candidates[0]}, which the task {name} reads (nor with _test or _validation).")
+    return found
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> Rows:
     """The objects of a file of JSON lines; of one that is none, the mistake tells the number of the line."""
-    rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise SPDError(f"Line {number} of {path} is not a JSON object.")
-    except json.JSONDecodeError:
-        raise SPDError(f"Line {number} of {path} is not a JSON object.") from None
+        lines = path.read_text(encoding="utf-8").split("\n")  # alone: a string may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise SPDError(f"The rows {path} cannot be read ({type(error).__name__}).") from error
+    rows, an_object = [], TypeAdapter(dict)
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                rows.append(an_object.validate_json(line))
+        except ValidationError:
+            raise SPDError(f"Line {number} of {path} is not a JSON object.") from None
     if not rows:
         raise SPDError(f"{path} has no rows.")
     return rows
 
 
-METRICS = ("acc", "acc_norm")
-Answers = dict[str, dict[str, list[float]]]  # part of a task -> metric -> whether right (1 or 0), question by question
+# ---------------------------------------------------------------- scores
 
 
 class Accuracy:
@@ -203,13 +189,13 @@ class Accuracy:
         lm = SpdLM(model, **self._harness)
         parts = {name: part for task in self.tasks for name, part in task.parts.items()}
         with redirect_stderr(sys.stderr if lm.is_main else io.StringIO()):  # the harness's own bars
-            found = evaluate(lm, {"tasks": parts}, limit=self.limit, bootstrap_iters=0)
-        return {name: _right(rows) for name, rows in found["samples"].items()}, lm.truncated
-
-
-def _right(samples: list[dict]) -> dict[str, list[float]]:
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    return {metric: [float(s[metric]) for s in samples] for metric in METRICS if metric in samples[0]}
+            samples = evaluate(lm, {"tasks": parts}, limit=self.limit, bootstrap_iters=0)["samples"]
+        answers: Answers = {name: defaultdict(list) for name in samples}
+        for name, rows in samples.items():
+            for row in sorted(rows, key=lambda row: row["doc_id"]):
+                for metric in row.keys() & {"acc", "acc_norm"}:
+                    answers[name][metric].append(float(row[metric]))
+        return answers, lm.truncated
 
 
 def summary(task: Task, answers: Answers, full: Answers | None = None) -> dict:
@@ -217,26 +203,25 @@ def summary(task: Task, answers: Answers, full: Answers | None = None) -> dict:
 
     Subjects count by their numbers of questions, as in the harness, and are given one by one too.
     """
-    acc = _pooled(task, answers, "acc")
+
+    def pooled(of: Answers, metric: str) -> list[float]:
+        return [value for name in task.parts for value in of[name].get(metric, [])]
+
+    acc, normed = pooled(answers, "acc"), pooled(answers, "acc_norm")
     result = {"acc": fmean(acc), "stderr": stderr(acc), "acc_norm": None, "n": len(acc), "chance": task.chance}
-    if normed := _pooled(task, answers, "acc_norm"):
+    if normed:
         result |= {"acc_norm": fmean(normed), "acc_norm_stderr": stderr(normed)}
     result |= {"shots": task.shots, "source": task.source}
     if full is not None:
-        result["compared"] = compare(_pooled(task, full, "acc"), acc)
+        result["compared"] = compare(pooled(full, "acc"), acc)
     if len(task.parts) > 1:
         result["subjects"] = {name: fmean(answers[name]["acc"]) for name in task.parts}
     return result
 
 
-def _pooled(task: Task, answers: Answers, metric: str) -> list[float]:
-    return [value for name in task.parts for value in answers[name].get(metric, [])]
-
-
 def stderr(values: list[float]) -> float:
-    """Standard error of a mean."""
-    mean, n = fmean(values), len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+    """Standard error of a mean; 0 of a single value."""
+    return mean_stderr(values) if len(values) > 1 else 0.0
 
 
 def compare(full: list[float], other: list[float]) -> dict:
@@ -259,15 +244,14 @@ def average(tasks: dict[str, dict]) -> dict | None:
     """
     if not tasks:
         return None
-    found = {"metric": "acc", "tasks": list(tasks), **_mean(tasks.values(), "acc")}
+
+    def mean(of: list[dict], key: str) -> dict:
+        return {key: fmean(s[key] for s in of), "stderr": float(unweighted_mean_stderr([s["stderr"] for s in of]))}
+
+    found = {"metric": "acc", "tasks": list(tasks), **mean(list(tasks.values()), "acc")}
     compared = [scores["compared"] for scores in tasks.values() if "compared" in scores]
     if compared:
         flips = {key: sum(c[key] for c in compared) for key in ("lost", "gained")}
         full = {"acc_full": fmean(c["acc_full"] for c in compared)}
-        found["compared"] = full | _mean(compared, "difference") | flips | {"p": mcnemar(**flips)}
+        found["compared"] = full | mean(compared, "difference") | flips | {"p": mcnemar(**flips)}
     return found
-
-
-def _mean(of, key: str) -> dict:
-    of = list(of)
-    return {key: fmean(s[key] for s in of), "stderr": math.sqrt(sum(s["stderr"] ** 2 for s in of)) / len(of)}

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 
 from spd import Plan, SPDModel
 from spd.errors import SPDError
-from spd.tasks import KNOWN, PAPER, Accuracy, average, compare, load_tasks, mcnemar, stderr
+from spd.tasks import KNOWN, PAPER, Accuracy, average, compare, load_tasks, mcnemar, read_rows, stderr
 from spd.tiny import tasks as tiny
 
 CHOICES = {"text": ["ice", "fire"], "label": ["A", "B"]}
@@ -71,6 +71,9 @@ def test_what_cannot_be_loaded(folder, tmp_path):
     (tmp_path / "piqa.jsonl").write_text('{"aim": "Cool a drink"}\n')
     with pytest.raises(SPDError, match="are not of the form that lm-eval's task piqa reads"):
         load_tasks("piqa", folder)
+    with pytest.raises(SPDError, match=r"The rows of .*piqa.jsonl are not of the form .* \(Arrow"):
+        (tmp_path / "piqa.jsonl").write_text('{"goal": "a"}\n{"goal": [1]}\n')
+        load_tasks("piqa", folder)
     (tmp_path / "piqa.jsonl").unlink()
     with pytest.raises(SPDError, match=r"There is no .*piqa.jsonl, which the task piqa reads"):
         load_tasks("arc_easy,piqa", folder)
@@ -79,6 +82,11 @@ def test_what_cannot_be_loaded(folder, tmp_path):
     (tmp_path / "mmlu_dev.jsonl").write_text(json.dumps(ROWS["mmlu_dev"]) + "\n")
     with pytest.raises(SPDError, match="has not 5 rows of the subject anatomy"):
         load_tasks("mmlu", folder)
+
+
+def test_a_row_ends_at_a_line_feed_alone(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"goal": "one\u2028two\x85three"}\r\n\n{"goal": "four"}\n', newline="")
+    assert [row["goal"] for row in read_rows(tmp_path / "rows.jsonl")] == ["one\u2028two\x85three", "four"]
 
 
 def test_errors_and_flips_by_hand():
@@ -126,9 +134,9 @@ def test_accuracies_are_those_of_the_harness(shared):
                       limit=25, bootstrap_iters=10)["results"]  # fmt: skip
     for name, scores in found.items():
         assert scores["acc"] == theirs[name]["acc,none"] and scores["n"] == 25
-        assert scores["stderr"] == pytest.approx(theirs[name]["acc_stderr,none"])
+        assert scores["stderr"] == theirs[name]["acc_stderr,none"]
         if "acc_norm,none" in theirs[name]:
             assert scores["acc_norm"] == theirs[name]["acc_norm,none"]
-            assert scores["acc_norm_stderr"] == pytest.approx(theirs[name]["acc_norm_stderr,none"])
+            assert scores["acc_norm_stderr"] == theirs[name]["acc_norm_stderr,none"]
         else:
             assert scores["acc_norm"] is None

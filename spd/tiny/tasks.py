@@ -21,7 +21,8 @@ def last_word(seed: int = 0) -> list[dict]:
         start = 0
         for end, word in enumerate(words):
             before = words[end - PASSAGE : end]
-            if end - start >= PASSAGE and re.fullmatch(r" [A-Za-z_]{4,}", word) and word.strip() in _bare(before):
+            seen = {other.strip() for other in before}
+            if end - start >= PASSAGE and re.fullmatch(r" [A-Za-z_]{4,}", word) and word.strip() in seen:
                 found.append({"context": "".join(before), "word": word})
                 start = end
     return _some(found, seed)
@@ -47,12 +48,29 @@ def _documents() -> Iterator[list[str]]:
     return (re.findall(r"\s*\S+", text) for text in documents[len(documents) // 2 :])
 
 
-def _bare(words: list[str]) -> set[str]:
-    return {word.strip() for word in words}
-
-
 def _some(rows: list[dict], seed: int) -> list[dict]:
     return random.Random(seed).sample(rows, min(QUESTIONS, len(rows)))
 
 
-ROWS = {"tiny_last_word": last_word, "tiny_continuation": continuation}
+def _config(*metrics: str, **definition: str) -> dict:
+    means = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in metrics]
+    return {"target_delimiter": "", "metric_list": means, **definition}
+
+
+TASKS = {  # name -> what makes its rows, and lm-evaluation-harness's definition of what is asked of them
+    "tiny_last_word": (
+        last_word,
+        _config("acc", output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{word}}"),
+    ),
+    "tiny_continuation": (
+        continuation,
+        _config(
+            "acc",
+            "acc_norm",
+            output_type="multiple_choice",
+            doc_to_text="{{context}}",
+            doc_to_choice="choices",
+            doc_to_target="answer",
+        ),
+    ),
+}
