@@ -1,13 +1,12 @@
 """What each step of a repair gives: the recipes taken apart, on one plan and on text that none of them has seen."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
 from spd.cli import main
 from spd.closed_form import ClosedForm
-from spd.distill import Recipe, recipe_named
+from spd.distill import Recipe, identity_of, recipe_named
 from spd.evaluate import Progress, perplexity, silent
 from spd.options import CALIBRATION, COMPUTE, MODEL, OUTPUT, TEXT, command, option
 from spd.plan import Plan, parse_blocks
@@ -49,19 +48,20 @@ def compared_recipes(paper: dict, seed: int = 0) -> dict[str, Recipe]:
 
 
 def ablate(
-    load: Callable[[], SPDModel], plan: Plan, evaluation: Tensor, repairer: Repairer, progress: Progress = silent
+    repairer: Repairer, recipes: dict[str, Recipe], plan: Plan, evaluation: Tensor, progress: Progress = silent
 ) -> dict:
-    """Perplexity of a plan on windows (W, T) after each of the repairer's recipes, which its calibration is apart from.
+    """Perplexity of a plan on windows (W, T) after each of the recipes, which the repairer's calibration is apart from.
 
-    `load` gives the model as read. Gives `variants`: of each `name`, `perplexity`, `nats`, `seconds` (of the repair)
+    Gives `variants`: of each `name`, `perplexity`, `nats`, `seconds` (of the repair)
     and `recovered`, the share of what zero-shot lost, in nats, that it wins back; first the model with every sync kept.
     """
-    model = load()
+    model = repairer.load()
     rows = [{"name": FULL, "seconds": 0.0} | _scores(model, evaluation)]
-    for number, name in enumerate(repairer.recipes):
-        model = load()
-        folder, result = repairer.repair(model, {"policies": plan.policies()}, name, f"variant-{number}")
-        model.load_plan(folder)  # also where an earlier run had finished it
+    for number, (name, recipe) in enumerate(recipes.items()):
+        model = None  # first, lest there be two in memory
+        folder, result = repairer.repair({"policies": plan.policies()}, recipe, f"variant-{number}")
+        model = repairer.load()
+        model.load_plan(folder)
         rows.append({"name": name, "seconds": result["seconds"]} | _scores(model, evaluation))
         progress(1)
     full, lost = (next(row["nats"] for row in rows if row["name"] == name) for name in (FULL, ZERO_SHOT))
@@ -86,12 +86,13 @@ def ablation(session) -> None:
     compared = compared_recipes({"epochs": o.epochs, "learning_rate": o.learning_rate}, o.seed)
     blocks = model.config.num_blocks
     plan = Plan.dropping(blocks, parse_blocks(o.drop, blocks))
-    learnt, data = session.calibration(model, o.calibration), session.windows(model)
-    is_main = session.runtime.is_main
-    repairer = Repairer(learnt.tokens, o.repairs, compared, is_main=is_main, progress=session.progress)
+    learnt, data, described = session.calibration(model, o.calibration), session.windows(model), model.describe()
+    is_main, identity = session.runtime.is_main, identity_of(model)
+    del model  # each variant reads it afresh
+    repairer = Repairer(session.load, identity, learnt.tokens, o.repairs, is_main, session.progress)
     with session.progress(len(compared), "variants") as progress:
-        result = ablate(session.load, plan, data.tokens, repairer, progress)
-    session.publish(result, model.describe(), o.tp, data.describe(), str(plan))
+        result = ablate(repairer, compared, plan, data.tokens, progress)
+    session.publish(result, described, o.tp, data.describe(), str(plan))
 
 
 if __name__ == "__main__":

@@ -205,7 +205,8 @@ def stage_budget(stage: str, job: Job, options: dict) -> Budget:
     if stage == "sensitivity":
         return sensitivity(job, windows, dtype)
     if stage == "distill":
-        recipe = recipe_named(options["recipe"], options["strategy"], epochs=options["epochs"])
+        name = options["strategy"] if options["recipe"] == "paper" else options["recipe"]
+        recipe = recipe_named(name, epochs=options["epochs"])
         return repair(job, windows, job.config.num_blocks, recipe)
     if stage == "bench":
         return Budget(0.0, job.weights(SIZES[dtype]))
@@ -241,7 +242,7 @@ def shape_of(model: str) -> ModelConfig | None:
 
 MODELS = ("llama2-7b", "llama2-13b", "llama2-70b")
 TP, WINDOWS, SEQ_LEN = 8, 128, 2048  # the paper's
-RECIPES = {"b2b+hg": ("paper", "b2b+hg"), "closed-form": ("closed-form", "zs"), "best": ("best", "zs")}
+RECIPES = ("b2b+hg", "closed-form", "best")
 GIB = 2**30
 
 
@@ -250,9 +251,9 @@ def table(gpu: str = "a100") -> dict:
     rows = []
     for model in MODELS:
         for gpus in (1, TP):
-            for name, recipe in RECIPES.items():
+            for name in RECIPES:
                 job = Job(SHAPES[model], TP, gpus, gpus, SEQ_LEN, gpu)
-                found = repair(job, WINDOWS, job.config.num_blocks, recipe_named(*recipe))
+                found = repair(job, WINDOWS, job.config.num_blocks, recipe_named(name))
                 fits = found.device_bytes <= gpu_memory(gpu)
                 rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found), "fits": fits})
     setting = {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN}

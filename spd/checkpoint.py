@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -288,8 +288,8 @@ def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def load_changed(model: Transformer, path: Path, blocks: Container[int] | None = None) -> None:
-    """Puts the tensors of a file written here into the model, the hosted shards' parts alone; or those of some blocks.
+def load_changed(model: Transformer, path: Path) -> None:
+    """Puts the tensors of a file written here into the model, the hosted shards' parts alone.
 
     Raises:
         SPDError: an unreadable file, or tensors that this model and tp do not have.
@@ -297,12 +297,11 @@ def load_changed(model: Transformer, path: Path, blocks: Container[int] | None =
     shards = model.shards
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if blocks is None or int(name.split(".")[1]) in blocks]  # noqa: SIM118
-            for name in names:
+            for name in file.keys():  # noqa: SIM118
                 if re.fullmatch(r"blocks\.\d+\.attention\.(qkv|out)\.bias", name):  # a repair may have added them
                     model.blocks[int(name.split(".")[1])].attention.add_biases()
             parameters = dict(model.named_parameters())
-            for name in names:
+            for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 target = parameters.get(name)
                 sharded = target is not None and model.is_sharded(name)

@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from spd.errors import SPDError
+from spd.errors import SPDError, one_of
 from spd.options import (
     BUDGET,
     CALIBRATION,
@@ -115,26 +115,34 @@ def sweep(session: Session) -> None:
     The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
+    from spd.distill import identity_of
+    from spd.evaluate import perplexity
     from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.sweep import ZERO_SHOT, Points, Repairer, curve, parse_strategies, sweep_recipes
+    from spd.sweep import ZERO_SHOT, Repairer, Sweep, parse_strategies, sweep_recipes
 
     o, accuracy = session.options, session.accuracy()
     names, wanted = parse_strategies(o.strategies), floats(o.percentages)
     model = session.load()
     measured = read_sensitivity(o.sensitivity, model.fingerprint, o.tp)["sensitivity"]
-    data, described, prepared = session.windows(model), model.describe(), None
+    data, described, learnt = session.windows(model), model.describe(), None
     if names != [ZERO_SHOT]:
         learnt = session.calibration(model, o.calibration, o.calibration_text).tokens
-        paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
-        recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
-        prepared = Repairer(learnt, o.repairs, recipes, o.tau1, o.tau2, session.runtime.is_main, session.progress)
+    is_main = session.runtime.is_main
+    repairer = Repairer(session.load, identity_of(model), learnt, o.repairs, is_main, session.progress)
+    paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
+    recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
     if accuracy is not None:
         accuracy.compare_with(model)
     del model  # the curve reads it afresh for repairs, and two do not fit where one hardly does
+
+    def evaluate(model) -> dict:
+        found = perplexity(model.transformer, data.tokens)
+        scores = accuracy(model) if accuracy is not None else {}
+        return {"perplexity": found["perplexity"], "nats": found["nats"]} | scores
+
     kept = o.repairs / f"points-{question(session.command, vars(o), ('percentages', 'strategies'))}.json"
     with session.progress(len(names) * len(plans_by_percentage(measured, wanted)), "points") as progress:
-        points = curve(session.load, measured, names, wanted, data.tokens, prepared, accuracy, progress,
-                       Points(kept, session.runtime.is_main))  # fmt: skip
+        points = Sweep(measured, repairer, recipes, o.tau1, o.tau2).curve(names, wanted, evaluate, progress, kept)
     result = {"curve": points, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
     session.publish(result, described, o.tp, data.describe())
 
@@ -148,14 +156,15 @@ def distill(session: Session) -> None:
     is held out: a repair that does worse on it is undone. Give the folder to eval, generate or bench as --plan.
     Interrupted, the same command goes on after the last finished block.
     """
+    from spd.distill import PAPER, recipe_named, total_steps
     from spd.distill import distill as repair
-    from spd.distill import recipe_named, total_steps
 
     o = session.options
     if o.out is None:
         raise SPDError("A repair needs a folder of its own: --out DIR.")
     names = ("epochs", "learning_rate", "optimizer", "joint_epochs", "generated")
-    recipe = recipe_named(o.recipe, o.strategy, o.seed, **{name: getattr(o, name) for name in names})
+    named = one_of("strategy", o.strategy, PAPER) if o.recipe == "paper" else o.recipe
+    recipe = recipe_named(named, o.seed, **{name: getattr(o, name) for name in names})
     model = session.load()
     document, data = session.plan_document(model), session.windows(model)
     with session.progress(total_steps(document, recipe, len(data.tokens)), "steps") as progress:

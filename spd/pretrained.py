@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -136,15 +135,10 @@ class SPDModel:
 
     def load_plan(self, path: Path) -> None:
         """Takes the plan at `path`; with a folder that `distill` made, also the weights repaired for it."""
-        self.plan = self.load_repaired(path)
-
-    def load_repaired(self, path: Path, blocks: Container[int] | None = None) -> Plan:
-        """Takes the weights repaired for the plan at `path`, of all blocks or of some, and gives that plan."""
         document = read_plan_document(path, self.fingerprint, self.tp, self.config.num_blocks)
-        changed = document.get("changed", [])
-        for name in [changed] if isinstance(changed, str) else changed:  # one file a block, or all in one of old
-            load_changed(self.transformer, plan_file(path).parent / name, blocks)
-        return Plan.from_policies(document["policies"])
+        for name in document.get("changed", []):
+            load_changed(self.transformer, plan_file(path).parent / name)
+        self.plan = Plan.from_policies(document["policies"])
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None

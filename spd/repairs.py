@@ -20,9 +20,7 @@ from spd.errors import SPDError
 from spd.model import Transformer
 from spd.records import write_json, write_whole
 
-PROGRESS = "progress.json"
-PLAN = "plan.json"
-RESULT = "result.json"  # there when all else is
+PROGRESS, PLAN, RESULT = "progress.json", "plan.json", "result.json"  # the last is there when all else is
 BLOCKS = "blocks"  # folder of the blocks' files
 
 
@@ -35,30 +33,27 @@ class Repairs:
 
     def __init__(self, folder: Path, arguments: dict, is_main: bool, shards: Shards):
         """Raises SPDError where the folder holds the work of other `arguments`."""
-        self.folder, self.is_main, self.shards, self.started = folder, is_main, shards, time.monotonic()
-        self.state = {"arguments": arguments, "seconds": 0.0, "stages": {}, "files": {}}
-        self.result = _read(folder / RESULT)
-        earlier = _read(folder / (PROGRESS if self.result is None else PLAN))
+        self.folder, self.is_main, self.shards = folder, is_main, shards
+        now = json.loads(json.dumps(arguments))
+        self.state = {"arguments": now, "seconds": 0.0, "stages": {}, "files": {}, "epoch": None}
+        self.result = read_json(folder / RESULT)
+        earlier = read_json(folder / (PROGRESS if self.result is None else PLAN))
         if earlier is not None:
-            before, now = earlier.get("arguments") or {}, json.loads(json.dumps(arguments))
+            before = earlier.get("arguments") or {}
             if before != now:
                 names = [name for name in now if before.get(name) != now[name]]
                 raise SPDError(
                     f"{folder} holds another run's work ({', '.join(names) or 'other arguments'} differ); "
                     "give an empty folder, or the same arguments to go on with it."
                 )
-            if self.result is None:
-                self.state = earlier
+            self.state |= earlier
+        self.started = time.monotonic() - self.state["seconds"]  # as if earlier runs had ended just now
         shards.align()  # nobody writes before all have read
 
     @property
-    def seconds(self) -> float:
-        """Spent on what is finished, by this run and those before it."""
-        return self.state["seconds"] + time.monotonic() - self.started
-
-    def finished(self, stage: str) -> dict | None:
-        """What was noted of a stage that is done, and None otherwise."""
-        return self.state["stages"].get(stage)
+    def notes(self) -> dict[str, dict]:
+        """What was noted of each stage that is done, by its name."""
+        return self.state["stages"]
 
     def restore(self, model: Transformer, block: int) -> None:
         """Loads the newest finished weights of a block, if any changed."""
@@ -67,53 +62,43 @@ class Repairs:
 
     def finish(self, stage: str, note: dict, changed: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
         """Writes a stage's changed tensors, block by block, and then in one step that it is done."""
-        replaced = []
+        files = self.state["files"]
         for block, tensors in changed:
-            if not tensors:
-                continue
-            name = f"{BLOCKS}/{block}.{len(self.state['stages'])}.safetensors"  # never that of an earlier stage
-            earlier = self.state["files"].get(str(block))
-            if self.is_main:
-                kept = load_file(self.folder / earlier) if earlier else {}
-                write_whole(self.folder / name, partial(save_file, kept | tensors))
-            replaced += [earlier] if earlier else []
-            self.state["files"][str(block)] = name
-        self.state["stages"][stage], self.state["seconds"] = note, self.seconds
-        self.started = time.monotonic()
-        self.state.pop("epoch", None)
+            if tensors:
+                earlier = files.get(str(block))
+                files[str(block)] = f"{BLOCKS}/{block}.{len(self.notes)}.safetensors"  # never that of an earlier stage
+                if self.is_main:
+                    kept = load_file(self.folder / earlier) if earlier else {}
+                    write_whole(self.folder / files[str(block)], partial(save_file, kept | tensors))
+        self.notes[stage] = note
+        self.state |= {"epoch": None, "seconds": time.monotonic() - self.started}
         if self.is_main:
             write_json(self.folder / PROGRESS, self.state)
-            for name in replaced:
-                (self.folder / name).unlink(missing_ok=True)
 
     def save_epoch(self, epoch: int, training: dict) -> None:
         """Keeps the state of a training that is under way, each process its own part of it."""
-        earlier, self.state["epoch"] = self.state.get("epoch"), epoch
+        earlier, self.state["epoch"] = self.state["epoch"], epoch
         write_whole(self._epoch_file(epoch), partial(torch.save, training))
         self.shards.align()  # every part is there before the epoch counts
         if self.is_main:
             write_json(self.folder / PROGRESS, self.state)
         self.shards.align()  # and counts before the one before it goes
-        if earlier is not None:
-            self._epoch_file(earlier).unlink(missing_ok=True)
+        self._epoch_file(earlier).unlink(missing_ok=True)
 
     def load_epoch(self) -> dict | None:
         """The last state kept of a training by as many processes, or None."""
-        epoch = self.state.get("epoch")
-        if epoch is None or not self._epoch_file(epoch).exists():
-            return None
-        return torch.load(self._epoch_file(epoch), weights_only=True)
+        path = self._epoch_file(self.state["epoch"])
+        return torch.load(path, weights_only=True) if path.exists() else None
 
-    def _epoch_file(self, epoch: int) -> Path:
+    def _epoch_file(self, epoch: int | None) -> Path:
         return self.folder / BLOCKS / f"epoch-{epoch}.{self.shards.rank}-of-{self.shards.world}.pt"
 
     def conclude(self, plan: dict, result: dict) -> dict:
         """Writes the plan, with the names of the blocks' files, and last the result, which it gives."""
-        plan, result = plan | {"arguments": self.state["arguments"]}, result | {"seconds": self.seconds}
-        plan["changed"] = files = list(self.state["files"].values())
+        files, result = list(self.state["files"].values()), result | {"seconds": time.monotonic() - self.started}
         if self.is_main:
-            write_json(self.folder / PLAN, plan)
-            for path in self.folder.glob(f"{BLOCKS}/*"):  # epochs of the joint training, several times the model's size
+            write_json(self.folder / PLAN, plan | {"arguments": self.state["arguments"], "changed": files})
+            for path in self.folder.glob(f"{BLOCKS}/*"):  # of earlier stages and epochs: several times the model's size
                 if f"{BLOCKS}/{path.name}" not in files:
                     path.unlink()
             write_json(self.folder / RESULT, result)
@@ -121,10 +106,20 @@ class Repairs:
         return result
 
 
-def _read(path: Path) -> dict | None:
+def changed_files(folder: Path) -> dict[int, Path]:
+    """The file of each block that an ended repair changed."""
+    files = [folder / name for name in read_json(folder / PLAN)["changed"]]
+    return {int(file.name.split(".")[0]): file for file in files}
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a file; None where there is none."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise SPDError(f"{path} cannot be read ({error}); empty the folder to start anew.") from error
+        raise SPDError(f"{path} cannot be read ({error}); remove it to start anew.") from error
+    if not isinstance(found, dict):
+        raise SPDError(f"{path} does not hold what is kept there; remove it to start anew.")
+    return found

@@ -1,23 +1,21 @@
-"""Gradient steps: one block towards another's output (section 4.2.3), or all dropped blocks towards the logits.
-
-Activations are residual streams (W, T, D) of all W calibration windows, with nothing pending. They stay on the host;
-a few windows at a time are moved to the model's device.
-"""
+"""Gradient steps: one block towards another's output (section 4.2.3), or all dropped blocks towards the logits."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from spd.checkpoint import block_parameters
 from spd.comm import Stream
-from spd.errors import SPDError
+from spd.errors import SPDError, one_of
 from spd.evaluate import TOKENS_AT_ONCE, Progress, silent
-from spd.model import Context, Transformer
+from spd.model import Transformer
 from spd.plan import Policy
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -26,49 +24,65 @@ WARMUP = 0.05  # share of the steps
 SMALLEST_SCALE = 1e-3
 
 
-def batches_of(windows: Tensor, rows: range | None = None) -> Iterator[slice]:
-    """All of the windows (W, T, ...), or those of `rows`, in order, about `TOKENS_AT_ONCE` tokens at a time."""
-    rows, step = rows or range(len(windows)), max(1, TOKENS_AT_ONCE // windows.shape[1])
-    for start in range(rows.start, rows.stop, step):
-        yield slice(start, min(start + step, rows.stop))
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows (W, T): `given` to train on, the original model's own up to `trained`, and those held out."""
+
+    tokens: Tensor
+    given: int
+    trained: int
+
+    def batches(self, start: int = 0, stop: int | None = None) -> list[slice]:
+        """Those from `start` to `stop`, in order, about `TOKENS_AT_ONCE` tokens at a time."""
+        stop, step = len(self.tokens) if stop is None else stop, max(1, TOKENS_AT_ONCE // self.tokens.shape[1])
+        return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
-def stream_at(model: Transformer, activations: Tensor, rows: Tensor | slice) -> tuple[Stream, Context]:
-    """Some windows, on the model's device and in its dtype, with their place in the sequence."""
-    stream = Stream(activations[rows].to(model.embedding.weight))
-    return stream, model.context(stream)
+@dataclass(frozen=True)
+class Activations:
+    """Residual streams (W, T, D) of all windows between two blocks, with nothing pending.
+
+    They stay on the host; a few windows at a time are moved to the model's device, in its dtype.
+    """
+
+    model: Transformer
+    windows: Windows
+    values: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def embedded(cls, model: Transformer, windows: Windows) -> "Activations":
+        """What enters the first block."""
+        device = model.embedding.weight.device
+        values = [model.embed(windows.tokens[rows].to(device)).x.cpu() for rows in windows.batches()]
+        return cls(model, windows, torch.cat(values))
+
+    def at(self, rows: Tensor | slice) -> Stream:
+        return Stream(self.values[rows].to(self.model.embedding.weight))
+
+    def run(self, rows: Tensor | slice, block: int, policies: tuple[Policy, Policy]) -> Stream:
+        """Some windows through a block."""
+        stream = self.at(rows)
+        return self.model.run_block(block, stream, policies, self.model.context(stream))
+
+    @torch.no_grad()
+    def through(self, block: int, policies: tuple[Policy, Policy], in_place: bool = False) -> "Activations":
+        """What leaves the block under `policies`, of which the MLP's must be `full`; `in_place` saves memory."""
+        out = self.values if in_place else torch.empty_like(self.values)
+        for rows in self.windows.batches():
+            out[rows] = self.run(rows, block, policies).x.to(out)
+        return replace(self, values=out)
 
 
-class Lazy(Sequence):
-    """What `read` gives for each of some keys, made anew whenever it is asked for: never more than one at a time."""
+@dataclass(frozen=True)
+class Again:
+    """What `read` gives for each of some keys, made anew each time it is gone through: one is in memory at a time."""
 
-    def __init__(self, keys: Sequence, read: Callable):
-        self.keys, self.read = keys, read
+    keys: list
+    read: Callable
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, number: int):
-        return self.read(self.keys[number])
-
-
-@torch.no_grad()
-def embedded(model: Transformer, tokens: Tensor) -> Tensor:
-    """What enters the first block, of windows (W, T)."""
-    device = model.embedding.weight.device
-    return torch.cat([model.embed(tokens[rows].to(device)).x.cpu() for rows in batches_of(tokens)])
-
-
-@torch.no_grad()
-def through(
-    model: Transformer, block: int, policies: tuple[Policy, Policy], activations: Tensor, in_place: bool = False
-) -> Tensor:
-    """What leaves the block under `policies`, of which the MLP's must be `full`; `in_place` saves memory."""
-    out = activations if in_place else torch.empty_like(activations)
-    for rows in batches_of(activations):
-        stream, context = stream_at(model, activations, rows)
-        out[rows] = model.run_block(block, stream, policies, context).x.to(out)
-    return out
+    def __iter__(self) -> Iterator:
+        return map(self.read, self.keys)
 
 
 def snapshot(model: Transformer, blocks: list[int]) -> dict[str, Tensor]:
@@ -79,61 +93,62 @@ def snapshot(model: Transformer, blocks: list[int]) -> dict[str, Tensor]:
 @torch.no_grad()
 def put_back(model: Transformer, values: dict[str, Tensor]) -> None:
     """Gives the parameters of a `snapshot` the values they had then."""
-    parameters = dict(model.named_parameters())
     for name, value in values.items():
-        parameters[name].copy_(value)
+        model.get_parameter(name).copy_(value)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What some blocks of a model are to learn: the first `trained` of `windows` are for that, the rest is held out."""
+    """What some blocks of a model are to learn, on the windows to train on."""
 
     model: Transformer
+    windows: Windows
     blocks: list[int]
     loss: Callable[[Tensor | slice], Tensor]  # mean over some windows
-    windows: Tensor
-    trained: int
 
     @torch.no_grad()
     def held_out(self) -> float:
         """The loss on the windows held out."""
-        rows, total = range(self.trained, len(self.windows)), 0.0
-        for some in batches_of(self.windows, rows):
-            total += self.loss(some).item() * (some.stop - some.start)
-        return total / len(rows)
+        start, stop = self.windows.trained, len(self.windows.tokens)
+        rows = self.windows.batches(start, stop)
+        return sum(self.loss(some).item() * (some.stop - some.start) for some in rows) / (stop - start)
+
+    @cached_property
+    def parameters(self) -> dict[bool, list[nn.Parameter]]:
+        """Those to move: True, of which each shard has its own part; False, which are equal on all."""
+        named = [(name, p) for i in self.blocks for name, p in block_parameters(self.model, i).items()]
+        return {kind: [p for name, p in named if self.model.is_sharded(name) is kind] for kind in (True, False)}
 
 
-def towards_output(
-    model: Transformer, block: int, policies: tuple[Policy, Policy], inputs: Tensor, targets: Tensor, trained: int
-) -> Objective:
-    """One block is to map `inputs` to `targets` (mean squared error), both activations."""
+def towards_output(inputs: Activations, block: int, policies: tuple[Policy, Policy], targets: Activations) -> Objective:
+    """One block is to map `inputs` to `targets` (mean squared error)."""
 
     def loss(rows: Tensor | slice) -> Tensor:
-        stream, context = stream_at(model, inputs, rows)
-        found = model.shards.flush(model.run_block(block, stream, policies, context)).x
-        return F.mse_loss(found.float(), targets[rows].to(found.device).float())
+        found = inputs.model.shards.flush(inputs.run(rows, block, policies)).x
+        return F.mse_loss(found.float(), targets.values[rows].to(found.device).float())
 
-    return Objective(model, [block], loss, inputs, trained)
+    return Objective(inputs.model, inputs.windows, [block], loss)
 
 
-def towards_logits(model: Transformer, blocks: list[int], tokens: Tensor, teacher: Tensor, trained: int) -> Objective:
+def towards_logits(teacher: Activations, blocks: list[int]) -> Objective:
     """Some blocks are to give the original model's distribution over the next token (KL divergence, nats a token).
 
-    `teacher` is what left the original model's last block, of windows `tokens` (W, T).
+    `teacher` is what left the original model's last block.
     """
+    model, tokens = teacher.model, teacher.windows.tokens
 
     def loss(rows: Tensor | slice) -> Tensor:
         with torch.no_grad():
-            wanted = model.logits(stream_at(model, teacher, rows)[0]).float().log_softmax(-1).flatten(0, 1)
+            wanted = model.logits(teacher.at(rows)).float().log_softmax(-1).flatten(0, 1)
         found = model(tokens[rows].to(wanted.device)).float().log_softmax(-1).flatten(0, 1)
         return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
-    return Objective(model, blocks, loss, tokens, trained)
+    return Objective(model, teacher.windows, blocks, loss)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a block, or all of them, are trained."""
+    """How a block, or all of them, are trained, a window a step."""
 
     epochs: int
     learning_rate: float  # Adam's; with `relative`, a share of each parameter's root mean square
@@ -141,29 +156,33 @@ class Schedule:
     relative: bool = False  # makes one learning rate serve models whose weights differ in scale
     decay: bool = False  # warm up, then follow a cosine to zero, with gradients clipped
     keep_best: bool = False  # end with the weights of the epoch that did best on held-out windows
-    batch: int = 1  # windows a step; the paper's is one
 
     def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise SPDError(f"Unknown optimizer '{self.optimizer}'; known: {', '.join(OPTIMIZERS)}.")
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.epochs < 0 or self.learning_rate <= 0:
             raise SPDError(
                 f"Epochs must not be negative and the learning rate must be positive, "
                 f"and they are {self.epochs} and {self.learning_rate}."
             )
 
-    def steps_an_epoch(self, windows: int) -> int:
-        return math.ceil(windows / self.batch)
+    def factor(self, windows: int, step: int) -> float:
+        """What the learning rate is multiplied by at a step."""
+        steps = max(1, self.epochs * windows)
+        warm = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
+        return warm * 0.5 * (1 + math.cos(math.pi * step / steps)) if self.decay else 1.0
 
-    def steps(self, windows: int) -> int:
-        return self.epochs * self.steps_an_epoch(windows)
+    def optimizer_of(self, objective: Objective) -> torch.optim.Optimizer:
+        """Adam with a learning rate for each parameter, alike on every process."""
+        shards = objective.model.shards
 
-    def factors(self, windows: int) -> Iterator[float]:
-        """What the learning rate is multiplied by at each step."""
-        steps = self.steps(windows)
-        for step in range(steps):
-            warm = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
-            yield warm * 0.5 * (1 + math.cos(math.pi * step / steps)) if self.decay else 1.0
+        def scale(parameter: nn.Parameter) -> float:
+            """Root mean square of a parameter's values, over all shards; a floor lets zero biases move."""
+            mean = parameter.detach().double().square().mean()
+            return max(SMALLEST_SCALE, (shards.all_reduce(mean, "scale") / shards.world).sqrt().item())
+
+        every = [p for kind in objective.parameters.values() for p in kind]
+        rates = [self.learning_rate * (scale(p) if self.relative else 1) for p in every]
+        return OPTIMIZERS[self.optimizer]([{"params": [p], "lr": rate} for p, rate in zip(every, rates, strict=True)])
 
 
 class Diverged(Exception):
@@ -183,83 +202,63 @@ def train(
     `after_epoch` is given the epochs done and a state, with which a later call goes on. Raises `Diverged` where the
     loss is not finite; the blocks are then what they were at that step.
     """
-    model, blocks, windows = objective.model, objective.blocks, objective.trained
-    learner, order = Learner(model, blocks, schedule), torch.Generator().manual_seed(seed)
+    model, blocks, windows = objective.model, objective.blocks, objective.windows.trained
+    optimizer, order = schedule.optimizer_of(objective), torch.Generator().manual_seed(seed)
     if state is None:
         best = {"best": objective.held_out(), "best_values": snapshot(model, blocks)}
         state = {"epoch": 0, "curves": {"loss": [], "held_out": []}} | best
     else:
         put_back(model, state.pop("values"))
-        learner.optimizer.load_state_dict(state.pop("optimizer"))
-        learner.rates = state.pop("rates")
+        optimizer.load_state_dict(state.pop("optimizer"))
         order.set_state(state.pop("generator"))
-    curves, steps_done = state["curves"], state["epoch"] * schedule.steps_an_epoch(windows)
-    factors = islice(schedule.factors(windows), steps_done, None)
-    progress(steps_done)
+    curves, done = state["curves"], state["epoch"] * windows
+    rate = LambdaLR(optimizer, partial(schedule.factor, windows), last_epoch=done - 1)
+    progress(done)
     for epoch in range(state["epoch"], schedule.epochs):
         losses = []
-        for rows in torch.randperm(windows, generator=order).split(schedule.batch):
-            losses.append(learner.step(objective.loss, rows, next(factors)))
+        for rows in torch.randperm(windows, generator=order).split(1):
+            losses.append(_step(objective, rows, optimizer, clip=schedule.decay))
+            rate.step()
             progress(1, loss=losses[-1])
         curves["loss"].append(sum(losses) / len(losses))
         curves["held_out"].append(objective.held_out())
         if schedule.keep_best and curves["held_out"][-1] < state["best"]:
             state |= {"best": curves["held_out"][-1], "best_values": snapshot(model, blocks)}
         state["epoch"] = epoch + 1
-        reached = {"values": snapshot(model, blocks), "optimizer": learner.optimizer.state_dict()}
-        after_epoch(epoch + 1, state | reached | {"rates": learner.rates, "generator": order.get_state()})
+        reached = {"values": snapshot(model, blocks), "optimizer": optimizer.state_dict()}
+        after_epoch(epoch + 1, state | reached | {"generator": order.get_state()})
     if schedule.keep_best:
         put_back(model, state["best_values"])
     return curves
 
 
-class Learner:
-    """The parameters of some blocks and the optimiser that moves them, alike on every process."""
+def _step(objective: Objective, rows: Tensor, optimizer: torch.optim.Optimizer, clip: bool) -> float:
+    """One step on some windows; gives the loss before it."""
+    shards, sharded, replicated = objective.model.shards, objective.parameters[True], objective.parameters[False]
+    with _gradients([*sharded, *replicated]):
+        loss = objective.loss(rows)
+        loss.backward()
+        shards.reduce_gradients(replicated, sharded)  # now those of the one loss of all processes
+        if not math.isfinite(loss.item()):
+            raise Diverged
+        if clip:
+            ours, shared = (sum(p.grad.double().square().sum() for p in part) for part in (sharded, replicated))
+            norm = math.sqrt(shards.all_reduce(ours, "norm") + shared)
+            for parameter in (*sharded, *replicated):
+                parameter.grad *= 1 / max(1.0, norm / CLIP_NORM)
+        optimizer.step()
+    return loss.item()
 
-    def __init__(self, model: Transformer, blocks: list[int], schedule: Schedule):
-        chosen = {name: p for i in blocks for name, p in block_parameters(model, i).items()}
-        self.parameters = list(chosen.values())
-        self.sharded = [p for name, p in chosen.items() if model.is_sharded(name)]
-        self.replicated = [p for name, p in chosen.items() if not model.is_sharded(name)]
-        self.shards, self.clip = model.shards, schedule.decay
-        self.rates = [schedule.learning_rate * (self._scale(p) if schedule.relative else 1) for p in self.parameters]
-        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, self.rates, strict=True)]
-        self.optimizer = OPTIMIZERS[schedule.optimizer](groups)
 
-    def _scale(self, parameter: nn.Parameter) -> float:
-        """Root mean square of a parameter's values, over all shards; a floor lets zero biases move."""
-        mean = parameter.detach().double().square().mean()
-        return max(SMALLEST_SCALE, (self.shards.all_reduce(mean, "scale") / self.shards.world).sqrt().item())
-
-    def step(self, loss: Callable[[Tensor], Tensor], rows: Tensor, factor: float) -> float:
-        """One step on some windows, at `factor` of the learning rate; gives the loss before it."""
-        self._record(True)
-        try:
-            with torch.enable_grad():
-                found = loss(rows)
-                found.backward()
-            self.shards.reduce_gradients(self.replicated, self.sharded)  # now those of the one loss of all processes
-            if not math.isfinite(found.item()):
-                raise Diverged
-            if self.clip:
-                shrink = 1 / max(1.0, self._gradient_norm() / CLIP_NORM)
-                for parameter in self.parameters:
-                    if parameter.grad is not None:
-                        parameter.grad *= shrink
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            self.optimizer.step()
-        finally:  # kept gradients would add up to the model's size, block after block
-            self._record(False)
-            self.optimizer.zero_grad()
-        return found.item()
-
-    def _record(self, wanted: bool) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(wanted)
-
-    def _gradient_norm(self) -> float:
-        def squares(part: list[nn.Parameter]) -> Tensor:
-            return torch.as_tensor(sum(p.grad.double().square().sum() for p in part if p.grad is not None))
-
-        return math.sqrt(self.shards.all_reduce(squares(self.sharded), "norm") + squares(self.replicated))
+@contextmanager
+def _gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Records them, and frees them: kept, they would add up to the model's size, block after block."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None

@@ -11,6 +11,7 @@ from conftest import VARIANTS, random_model, with_tokenizer
 from table1 import BiasBefore, ResidualAfter, block_designs, centre_model
 
 from spd.cli import main
+from spd.distill import identity_of
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
@@ -42,14 +43,14 @@ def test_every_recipe_differs_from_the_one_before_it():
 def test_shares_recovered_and_interrupted_runs(folder, tmp_path):
     plan = Plan.from_letters("DF FF DF")
     few = {name: compared_recipes({})[name] for name in (ZERO_SHOT, "down projections refitted")}
-    repairer = Repairer(TOKENS[:10], tmp_path, few)
-    result = ablate(lambda: load(folder), plan, TOKENS[10:], repairer)
+    repairer = Repairer(lambda: load(folder), identity_of(load(folder)), TOKENS[:10], tmp_path)
+    result = ablate(repairer, few, plan, TOKENS[10:])
     rows = {row["name"]: row for row in result["variants"]}
     assert list(rows) == [FULL, *few]
     assert rows[FULL]["recovered"] == 1 and rows[ZERO_SHOT]["recovered"] == 0
     model = load(folder)
     assert rows[FULL]["perplexity"] == pytest.approx(perplexity(model.transformer, TOKENS[10:])["perplexity"])
-    again = ablate(lambda: load(folder), plan, TOKENS[10:], repairer)
+    again = ablate(repairer, few, plan, TOKENS[10:])
     assert again == result  # nothing was repaired anew, not even the seconds differ
 
 

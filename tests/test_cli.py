@@ -385,9 +385,11 @@ def test_sweep_of_strategies(spd, common):
     assert sorted(folders) == ["b2b-ESB", "closed-form-3"]
     (points,) = Path("repairs").glob("points-*.json")
     kept = json.loads(points.read_text())
-    points.write_text(json.dumps([kept[0] | {"perplexity": 1.5}, *kept[2:]]))  # as if stopped, and one point marked
+    kept.popitem()  # as if stopped, and one point marked
+    points.write_text(json.dumps(kept | {"FF FF FF": kept["FF FF FF"] | {"perplexity": 1.5}}))
     again = spd("sweep", "s.json", *common, *options)[1]["curve"]
-    assert again[0]["perplexity"] == 1.5 and again[1:] == result["curve"][1:]  # one computed anew, the others read
+    assert [p["perplexity"] for p in again[::2]] == [1.5] * 3  # read
+    assert again[1::2] == result["curve"][1::2]  # one computed anew
     assert spd("sweep", "s.json", *common, *options, "--seq-len", 8)[1]["curve"][0]["perplexity"] != 1.5
     code, _, err = spd(
         "sweep", "s.json", *common, *options[:-8], "--skip", 5, "--strategies", "b2b", "--calibration", 9

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, VARIANTS, random_model, with_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spd import training
 from spd.data import read_windows
-from spd.distill import RECIPES, Recipe, distill, recipe_named, split, total_steps
+from spd.distill import RECIPES, Recipe, distill, identity_of, recipe_named, split, total_steps
 from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.repairs import Repairs
-from spd.sweep import Repairer, curve, sweep_recipes
+from spd.sweep import Repairer, Sweep, sweep_recipes
 from spd.training import Diverged, Schedule
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
@@ -55,27 +55,36 @@ def perplexity_with(folder: Path, plan: Path, tokens: torch.Tensor = TOKENS, tp:
     return perplexity(model.transformer, tokens)["perplexity"]
 
 
+def repairer(folder: Path, out: Path, tokens: torch.Tensor = TOKENS) -> Repairer:
+    identity = identity_of(SPDModel.from_pretrained(folder, tp=4))
+    return Repairer(lambda: SPDModel.from_pretrained(folder, tp=4), identity, tokens, out)
+
+
+def scores(model: SPDModel) -> dict:
+    return {"perplexity": perplexity(model.transformer, TOKENS)["perplexity"]}
+
+
 # ---------------------------------------------------------------- recipes and what they say
 
 
 @pytest.mark.parametrize(
-    ("strategy", "expected"),
+    ("name", "expected"),
     [
         ("zs", ["drop", "keep", "drop"]),
         ("b2b", ["distill, drop", "keep", "distill, drop"]),
         ("b2b+hg", ["distill, drop", "keep", "group heads, distill, drop"]),
     ],
 )
-def test_strategies_of_figure_7(folder, tmp_path, strategy, expected):
-    options = recipe_named("paper", strategy, epochs=1, learning_rate=1e-3)
+def test_recipes_of_figure_7(folder, tmp_path, name, expected):
+    options = recipe_named(name, epochs=1, learning_rate=1e-3)
     result = repair(folder, tmp_path, options, tp=2)
     assert [block["treatment"] for block in result["blocks"]] == expected
     assert [block["class"] for block in result["blocks"]] == CLASSES
     assert [block["loss_before"] is None for block in result["blocks"]] == [False, True, False]
     assert all(b["loss_after"] <= b["loss_before"] for b in result["blocks"] if b["loss_before"] is not None)
-    assert ("grouping" in result["blocks"][2]) == (strategy == "b2b+hg")
+    assert ("grouping" in result["blocks"][2]) == (name == "b2b+hg")
     assert result["seconds"] > 0 and result["plan"] == LETTERS
-    if strategy == "zs":
+    if name == "zs":
         assert result["perplexity_after"] == result["perplexity_before"]
         assert not changed_in(tmp_path)
     else:
@@ -156,9 +165,8 @@ def test_joint_training_that_diverges_is_undone(folder, tmp_path, monkeypatch):
 def test_one_repair_serves_every_percentage(folder, tmp_path):
     """By the paper's recipe a block's repair does not depend on which other blocks are dropped."""
     recipes = sweep_recipes({"epochs": 1, "learning_rate": 1e-3}, {})
-    repairs = Repairer(TOKENS, tmp_path / "repairs", recipes, 0.5, 1.5)
-    sensitivity = [1.0, 0.0, 2.0]  # SB, ISB, ESB
-    points = curve(lambda: SPDModel.from_pretrained(folder, 4), sensitivity, ["b2b+hg"], None, TOKENS, repairs)
+    sweep = Sweep([1.0, 0.0, 2.0], repairer(folder, tmp_path / "repairs"), recipes, 0.5, 1.5)  # SB, ISB, ESB
+    points = sweep.curve(["b2b+hg"], None, scores)
     assert {path.name[:-9] for path in (tmp_path / "repairs").iterdir()} == {"b2b-SB", "b2b+hg-ESB"}
     for point, letters in zip(points, ("FF FF FF", "FF DF FF", "DF DF FF", "DF DF DF"), strict=True):
         model = SPDModel.from_pretrained(folder, 4)
@@ -237,7 +245,7 @@ def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(fol
 
 def test_a_finished_run_is_not_done_again_and_other_arguments_are_refused(folder, tmp_path, monkeypatch):
     first = repair(folder, tmp_path)
-    monkeypatch.setattr("spd.distill.embedded", None)  # nothing is run
+    monkeypatch.setattr("spd.distill.Activations", None)  # nothing is run
     assert repair(folder, tmp_path) == first
     with pytest.raises(SPDError, match=r"another run's work \(seed differ"):
         repair(folder, tmp_path, replace(QUICK, seed=1))
@@ -274,7 +282,6 @@ def test_two_processes_end_where_one_does(folder, tmp_path):
 def test_mistakes_are_said_in_words(folder, tmp_path):
     for options, message in (
         (dict(name="nonsense"), "Unknown recipe"),
-        (dict(name="paper", strategy="all"), "Unknown strategy"),
         (dict(name="paper", optimizer="sgd"), "Unknown optimizer"),
         (dict(name="paper", learning_rate=-1.0), "must be positive"),
         (dict(name="best", generated=-1), "must not be negative"),
@@ -300,16 +307,6 @@ def test_a_folder_for_another_tp_or_with_damaged_weights_is_refused(folder, tmp_
     weights.unlink()
     with pytest.raises(SPDError, match="cannot be read"):
         perplexity_with(folder, tmp_path)
-
-
-def test_a_folder_with_all_changed_tensors_in_one_file_is_still_read(folder, tmp_path):
-    result = repair(folder, tmp_path, recipe_named("b2b", epochs=1, learning_rate=1e-3))
-    save_file(changed_in(tmp_path), tmp_path / "changed.safetensors")
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps(plan | {"changed": "changed.safetensors"}))
-    for path in (tmp_path / "blocks").iterdir():
-        path.unlink()
-    assert perplexity_with(folder, tmp_path, TOKENS[10:]) == result["perplexity_after"]
 
 
 # ---------------------------------------------------------------- export
@@ -364,6 +361,29 @@ def test_other_numbers_are_another_repair_beside_the_first(plain, text_of_words,
     tokens = read_windows(str(text_of_words), SPDModel.from_pretrained(plain).tokenizer, 16, 20).tokens
     for epochs in (1, 2, 1):
         recipes = sweep_recipes({"epochs": epochs, "learning_rate": 1e-3}, {})
-        repairer = Repairer(tokens[:10], tmp_path, recipes, -1.0, 10.0)
-        curve(lambda: SPDModel.from_pretrained(plain, tp=4), [0.3, 0.1, 0.2], ["b2b"], [100], tokens[10:], repairer)
+        sweep = Sweep([0.3, 0.1, 0.2], repairer(plain, tmp_path, tokens), recipes, -1.0, 10.0)
+        sweep.curve(["b2b"], [100], scores)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_points_alike_are_evaluated_once_and_all_are_listed(folder, tmp_path):
+    """The same plan and the same repaired blocks: nothing dropped, or nothing that the recipe repairs."""
+    evaluated = []
+
+    def evaluate(model: SPDModel) -> dict:
+        evaluated.append(str(model.plan))
+        return scores(model)
+
+    recipes = sweep_recipes({"epochs": 1, "learning_rate": 1e-3}, {})
+    sweep = Sweep([1.0, 0.0, 2.0], repairer(folder, tmp_path / "repairs"), recipes, 0.5, 1.5)  # SB, ISB, ESB
+    points = sweep.curve(["zs", "b2b", "b2b+hg"], None, evaluate, kept=tmp_path / "points.json")
+    none, one, two, three = "FF FF FF", "FF DF FF", "DF DF FF", "DF DF DF"
+    assert evaluated == [none, one, two, three, two, three, three]  # b2b+hg differs at the last block alone
+    assert [(p["strategy"], p["blocks"], p["plan"]) for p in points] == [
+        (name, blocks, plan) for name in ("zs", "b2b", "b2b+hg") for blocks, plan in enumerate((none, one, two, three))
+    ]
+    assert points[1]["perplexity"] == points[5]["perplexity"] and points[2]["perplexity"] != points[6]["perplexity"]
+    assert sweep.curve(["b2b", "zs"], None, None, kept=tmp_path / "points.json") == [*points[4:8], *points[:4]]
+    (tmp_path / "points.json").write_text("[]")
+    with pytest.raises(SPDError, match="points.json does not hold .* remove it"):
+        sweep.curve(["zs"], None, evaluate, kept=tmp_path / "points.json")
