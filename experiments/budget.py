@@ -206,8 +206,7 @@ def stage_budget(stage: str, job: Job, options: dict) -> Budget:
         return sensitivity(job, windows, dtype)
     if stage == "distill":
         name = options["strategy"] if options["recipe"] == "paper" else options["recipe"]
-        recipe = recipe_named(name, epochs=options["epochs"])
-        return repair(job, windows, job.config.num_blocks, recipe)
+        return repair(job, windows, job.config.num_blocks, recipe_named(name, epochs=options["epochs"]))
     if stage == "bench":
         return Budget(0.0, job.weights(SIZES[dtype]))
     return evaluation(job, windows * (6 if stage == "table1" else 1), dtype)  # table 1 is of six models
