@@ -15,13 +15,12 @@ from torch import Tensor
 from spd.block_inputs import Calibration, Site
 from spd.checkpoint import changed_tensors
 from spd.closed_form import ClosedForm, repair_block
-from spd.comm import Stream
 from spd.data import digest_of
 from spd.errors import SPDError, one_of
 from spd.evaluate import Progress, perplexity, silent
 from spd.generate import sample_windows
 from spd.layout import group_heads
-from spd.model import Context, Transformer
+from spd.model import Transformer
 from spd.plan import SPD_BLOCK, TP_BLOCK, Plan, Policy
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
@@ -33,7 +32,6 @@ from spd.training import (
     Objective,
     Schedule,
     Windows,
-    put_back,
     snapshot,
     towards_logits,
     towards_output,
@@ -57,6 +55,10 @@ class Recipe:
     students_inputs: bool = False  # a block learns on what the repaired ones before it give, not on the teacher's
     insensitive_as_is: bool = False  # nothing is done to in-sensitive blocks
     seed: int = 0
+
+    def __post_init__(self):
+        if self.generated < 0:
+            raise SPDError(f"The number of generated windows must not be negative, and is {self.generated}.")
 
     def treatment(self, block_class: str | None) -> list[str]:
         """What is done to a dropped block before it drops (algorithm 1); one without a class gets all there is."""
@@ -83,21 +85,12 @@ RECIPES = {
 }
 
 
-def recipe_named(
-    name: str,
-    seed: int = 0,
-    epochs: int | None = None,
-    joint_epochs: int | None = None,
-    generated: int | None = None,
-    **schedules,
-) -> Recipe:
-    """One of `RECIPES`, its numbers changed where one is given; `schedules` are `learning_rate` and `optimizer`.
+def recipe_named(name: str, seed: int = 0, epochs=None, joint_epochs=None, generated=None, **schedules) -> Recipe:
+    """One of `RECIPES`, changed where a number is given; `schedules` are `learning_rate` and `optimizer` of both.
 
     Raises SPDError: an unknown name, or an impossible number.
     """
     recipe = RECIPES[one_of("recipe", name, RECIPES)]
-    if generated is not None and generated < 0:
-        raise SPDError(f"The number of generated windows must not be negative, and is {generated}.")
 
     def changed(value, **changes):
         given = {name: change for name, change in changes.items() if change is not None}
@@ -226,11 +219,8 @@ def _notes(document: dict, notes: dict[str, dict]) -> dict:
         note = notes.get(f"block {i}") or _note(i, block_class, KEEP, None)
         blocks.append({name: value for name, value in note.items() if name != "curve"})
         curves |= {f"block_{i}": note["curve"]} if note.get("curve") else {}
-    return {
-        "blocks": blocks,
-        "curves": curves | {"joint": joint["curve"]} if joint else curves,
-        "note": joint.get("note"),
-    }
+    curves |= {"joint": joint["curve"]} if joint else {}
+    return {"blocks": blocks, "curves": curves, "note": joint.get("note")}
 
 
 def _note(index: int, block_class: str | None, treatment: str, loss: float | None) -> dict:
@@ -277,14 +267,14 @@ def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, dict[
         else:  # worse, or not a number
             note["note"] = f"the repair ended at a loss of {found:.4g}, worse; kept zero-shot"
     if note["note"]:
-        put_back(transformer, before)
+        transformer.load_state_dict(before, strict=False)
     return note, changed_tensors(transformer, i, before)
 
 
 def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor]) -> dict:
     transformer, i, windows = case.inputs.model, case.index, case.inputs.windows
     rows = windows.batches(stop=windows.given)  # its own text would double the time for little
-    inputs, targets = (Again(rows, lambda some, a=a: a.at(some).x) for a in (case.inputs, case.targets))
+    inputs, targets = (Again(rows, lambda some, a=a: a.at(some)[0].x) for a in (case.inputs, case.targets))
     site = Site(transformer.blocks[i], i, transformer.shards, transformer.config)
     saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
     return repair_block(site, Calibration(inputs, targets, transformer.context), options, saved)["steps"]
@@ -292,12 +282,7 @@ def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor]) -> dict:
 
 def _group(case: Case, seed: int) -> dict:
     transformer, windows = case.inputs.model, case.inputs.windows
-
-    def entering(rows: slice) -> tuple[Stream, Context]:
-        stream = case.inputs.at(rows)
-        return stream, transformer.context(stream)
-
-    inputs = Again(windows.batches(stop=windows.trained), entering)
+    inputs = Again(windows.batches(stop=windows.trained), case.inputs.at)
     return group_heads(transformer.blocks[case.index], inputs, transformer.shards, transformer.config, seed)
 
 
@@ -310,5 +295,5 @@ def _train_jointly(objective: Objective, recipe: Recipe, repairs: Repairs, progr
         note["curve"] = train(objective, recipe.joint, recipe.seed, progress, state, repairs.save_epoch)
     except Diverged:
         note["note"] = "training all blocks together became non-finite; each is kept as it was before"
-        put_back(model, before)
+        model.load_state_dict(before, strict=False)
     repairs.finish("joint", note, ((i, changed_tensors(model, i, before)) for i in objective.blocks))

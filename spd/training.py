@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -15,7 +14,7 @@ from spd.checkpoint import block_parameters
 from spd.comm import Stream
 from spd.errors import SPDError, one_of
 from spd.evaluate import TOKENS_AT_ONCE, Progress, silent
-from spd.model import Transformer
+from spd.model import Context, Transformer
 from spd.plan import Policy
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -57,13 +56,15 @@ class Activations:
         values = [model.embed(windows.tokens[rows].to(device)).x.cpu() for rows in windows.batches()]
         return cls(model, windows, torch.cat(values))
 
-    def at(self, rows: Tensor | slice) -> Stream:
-        return Stream(self.values[rows].to(self.model.embedding.weight))
+    def at(self, rows: Tensor | slice) -> tuple[Stream, Context]:
+        """Some windows, with their place in the sequence."""
+        stream = Stream(self.values[rows].to(self.model.embedding.weight))
+        return stream, self.model.context(stream)
 
     def run(self, rows: Tensor | slice, block: int, policies: tuple[Policy, Policy]) -> Stream:
         """Some windows through a block."""
-        stream = self.at(rows)
-        return self.model.run_block(block, stream, policies, self.model.context(stream))
+        stream, context = self.at(rows)
+        return self.model.run_block(block, stream, policies, context)
 
     @torch.no_grad()
     def through(self, block: int, policies: tuple[Policy, Policy], in_place: bool = False) -> "Activations":
@@ -86,15 +87,8 @@ class Again:
 
 
 def snapshot(model: Transformer, blocks: list[int]) -> dict[str, Tensor]:
-    """Copies of all parameters of some blocks (the hosted parts), by name."""
+    """Copies of all parameters of some blocks (the hosted parts), by name: `load_state_dict` takes them back."""
     return {name: p.detach().clone() for i in blocks for name, p in block_parameters(model, i).items()}
-
-
-@torch.no_grad()
-def put_back(model: Transformer, values: dict[str, Tensor]) -> None:
-    """Gives the parameters of a `snapshot` the values they had then."""
-    for name, value in values.items():
-        model.get_parameter(name).copy_(value)
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ def towards_logits(teacher: Activations, blocks: list[int]) -> Objective:
 
     def loss(rows: Tensor | slice) -> Tensor:
         with torch.no_grad():
-            wanted = model.logits(teacher.at(rows)).float().log_softmax(-1).flatten(0, 1)
+            wanted = model.logits(teacher.at(rows)[0]).float().log_softmax(-1).flatten(0, 1)
         found = model(tokens[rows].to(wanted.device)).float().log_softmax(-1).flatten(0, 1)
         return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
@@ -208,7 +202,7 @@ def train(
         best = {"best": objective.held_out(), "best_values": snapshot(model, blocks)}
         state = {"epoch": 0, "curves": {"loss": [], "held_out": []}} | best
     else:
-        put_back(model, state.pop("values"))
+        model.load_state_dict(state.pop("values"), strict=False)
         optimizer.load_state_dict(state.pop("optimizer"))
         order.set_state(state.pop("generator"))
     curves, done = state["curves"], state["epoch"] * windows
@@ -228,14 +222,17 @@ def train(
         reached = {"values": snapshot(model, blocks), "optimizer": optimizer.state_dict()}
         after_epoch(epoch + 1, state | reached | {"generator": order.get_state()})
     if schedule.keep_best:
-        put_back(model, state["best_values"])
+        model.load_state_dict(state["best_values"], strict=False)
     return curves
 
 
+@torch.enable_grad()
 def _step(objective: Objective, rows: Tensor, optimizer: torch.optim.Optimizer, clip: bool) -> float:
     """One step on some windows; gives the loss before it."""
     shards, sharded, replicated = objective.model.shards, objective.parameters[True], objective.parameters[False]
-    with _gradients([*sharded, *replicated]):
+    try:
+        for parameter in (*sharded, *replicated):
+            parameter.requires_grad_(True)
         loss = objective.loss(rows)
         loss.backward()
         shards.reduce_gradients(replicated, sharded)  # now those of the one loss of all processes
@@ -247,18 +244,8 @@ def _step(objective: Objective, rows: Tensor, optimizer: torch.optim.Optimizer, 
             for parameter in (*sharded, *replicated):
                 parameter.grad *= 1 / max(1.0, norm / CLIP_NORM)
         optimizer.step()
-    return loss.item()
-
-
-@contextmanager
-def _gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Records them, and frees them: kept, they would add up to the model's size, block after block."""
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in parameters:
+    finally:  # kept gradients would add up to the model's size, block after block
+        for parameter in (*sharded, *replicated):
             parameter.requires_grad_(False)
             parameter.grad = None
+    return loss.item()
