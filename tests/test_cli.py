@@ -363,6 +363,7 @@ def test_distill_eval_generate_export(spd, common, plain, tmp_path):
         (["--recipe", "paper", "--epochs", "-1"], "must not be negative"),
         (["--recipe", "best", "--drop-mlp", "1"], "closed form"),
         (["--recipe", "zs", "--windows", "1"], "held-out"),
+        (["--recipe", "paper", "--strategy", "all"], "Unknown strategy 'all'; known: zs, b2b, b2b+hg"),
     ],
 )
 def test_distill_refuses_in_words(spd, common, tmp_path, options, message):
