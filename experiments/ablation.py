@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from spd.cli import main
+from spd.cli import CALIBRATION, MODEL, TEXT, main
 from spd.closed_form import ClosedForm
 from spd.distill import Recipe, identity_of, recipe_named
 from spd.evaluate import Progress, perplexity, silent
-from spd.options import CALIBRATION, COMPUTE, MODEL, OUTPUT, TEXT, command, option
+from spd.options import command, option
 from spd.plan import Plan, parse_blocks
 from spd.pretrained import SPDModel
 from spd.sweep import Repairer
@@ -76,23 +76,26 @@ def _scores(model: SPDModel, evaluation: Tensor) -> dict:
     return {name: scores[name] for name in ("perplexity", "nats")}
 
 
-@command(*MODEL, *TEXT, option("--drop", default="all", help="Blocks, as in 1,3,5-7."), *CALIBRATION,
-         option("--epochs", type=int, help="Of the paper's distillation."),
-         option("--learning-rate", type=float, help="Of the paper's distillation."), *COMPUTE, *OUTPUT,
-         name="ablate")  # fmt: skip
+@command(
+    *(*MODEL, *TEXT, *CALIBRATION),
+    option("--drop", "Blocks, as in 1,3,5-7.", default="all"),
+    option("--epochs", "Of the paper's distillation.", int),
+    option("--learning-rate", "Of the paper's distillation.", float),
+    name="ablate",
+)
 def ablation(session) -> None:
     """What each step of a repair gives: the recipes taken apart, on text that they have not seen."""
     o, model = session.options, session.load()
     compared = compared_recipes({"epochs": o.epochs, "learning_rate": o.learning_rate}, o.seed)
     blocks = model.config.num_blocks
     plan = Plan.dropping(blocks, parse_blocks(o.drop, blocks))
-    learnt, data, described = session.calibration(model, o.calibration), session.windows(model), model.describe()
+    learnt, data, described = session.calibration(model), session.windows(model), model.describe()
     is_main, identity = session.runtime.is_main, identity_of(model)
     del model  # each variant reads it afresh
     repairer = Repairer(session.load, identity, learnt.tokens, o.repairs, is_main, session.progress)
     with session.progress(len(compared), "variants") as progress:
         result = ablate(repairer, compared, plan, data.tokens, progress)
-    session.publish(result, described, o.tp, data.describe(), str(plan))
+    session.publish(result, described, data.describe())
 
 
 if __name__ == "__main__":

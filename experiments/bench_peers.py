@@ -25,7 +25,7 @@ from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
-from spd.options import OUTPUT, at_least, command, option
+from spd.options import at_least, command, option
 from spd.pretrained import DTYPES, SPDModel
 from spd.records import hardware
 from spd.transport import ProcessGroup, SharedMemory, Transport
@@ -223,15 +223,14 @@ def write_random(config: ModelConfig, folder: Path, seed: int) -> None:
 
 
 @command(
-    option("--shapes", default="llama-8m,llama-125m,llama3.2-1b", help="Named shapes with random weights."),
-    option("--dtypes", default="float32,bfloat16", help="Of weights and arithmetic."),
-    option("--degrees", default="1,2", help="Processes, one shard each."),
-    option("--batch", type=at_least(1), default=1, help="Sequences."),
-    option("--prompt-len", type=at_least(1), default=128, help="Tokens in the prompt."),
-    option("--new-tokens", type=at_least(1), default=8, help="Tokens decoded to time TPOT."),
-    option("--seconds", type=float, default=12.0, help="Repetitions of a row; from 5 to 50 of them in any case."),
-    option("--seed", type=int, default=0, help="Seed of the weights."),
-    *OUTPUT,
+    option("--shapes", "Named shapes with random weights.", default="llama-8m,llama-125m,llama3.2-1b"),
+    option("--dtypes", "Of weights and arithmetic.", default="float32,bfloat16"),
+    option("--degrees", "Processes, one shard each.", default="1,2"),
+    option("--batch", "Sequences.", at_least(1), 1),
+    option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
+    option("--new-tokens", "Tokens decoded to time TPOT.", at_least(1), 8),
+    option("--seconds", "Repetitions of a row; from 5 to 50 of them in any case.", float, 12.0),
+    option("--seed", "Seed of the weights.", int, 0),
     name="bench-peers",
 )
 def peers(session) -> None:

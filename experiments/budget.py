@@ -20,7 +20,7 @@ from spd.distill import Recipe, recipe_named, split
 from spd.errors import SPDError
 from spd.least_squares import RIDGES
 from spd.machines import gpu_flops, gpu_memory
-from spd.options import COMMANDS, OUTPUT, command, option, read_experiment
+from spd.options import COMMANDS, command, option, read_experiment
 from spd.planner import blocks_of
 from spd.pretrained import resolve
 from spd.session import LONGEST_DEFAULT
@@ -221,9 +221,7 @@ def stages(experiment: Path, model: str | None, tp: int, processes: int, per_nod
         raise SPDError(f"Nothing is estimated: {model} is not here, and its shape is not known.")
     found = {}
     for stage in ("sensitivity", *(name for name in sections if name not in ("common", "plan", "sensitivity"))):
-        known = (
-            {action.dest: action.default for action in COMMANDS[stage].parser()._actions} if stage in COMMANDS else {}
-        )
+        known = {each.name: each.default for each in COMMANDS[stage].options} if stage in COMMANDS else {}
         options = known | sections["common"] | sections.get(stage, {})
         seq_len = options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
         found[stage] = stage_budget(stage, Job(config, tp, processes, per_node, seq_len, gpu), options)
@@ -266,7 +264,7 @@ def words(budget: Budget) -> str:
     return f"{hours:3} h {minutes:02} min; {sizes}"
 
 
-@command(option("--gpu", default="a100", help="Named GPU."), *OUTPUT)
+@command(option("--gpu", "Named GPU.", default="a100"))
 def budget(session) -> None:
     """Memory and time of repairing LLaMA2 7B, 13B and 70B, estimated and not measured."""
     session.publish(table(session.options.gpu))

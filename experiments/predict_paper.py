@@ -33,7 +33,7 @@ from spd.machines import (
     ring_bytes,
     timed_passes,
 )
-from spd.options import OUTPUT, command
+from spd.options import command
 
 PAPER = reference()
 TP, SETTINGS = PAPER["tp"], PAPER["settings"]
@@ -318,7 +318,7 @@ def predict_paper() -> dict:
     }
 
 
-@command(*OUTPUT, name="predict-paper")
+@command(name="predict-paper")
 def predict(session) -> None:
     """The paper's latency figures (2 and 7) predicted for LLaMA2 7B, 13B and 70B, beside its claims."""
     session.publish(predict_paper())

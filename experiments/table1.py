@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spd.cli import main
+from spd.cli import MODEL, TEXT, main
 from spd.closed_form import centre_heads
 from spd.comm import Stream
 from spd.evaluate import batches, perplexity
 from spd.model import Context, Transformer
-from spd.options import COMPUTE, DTYPE, MODEL, OUTPUT, TEXT, command, option
+from spd.options import command, option
 from spd.plan import DROP, Plan, Policy, parse_blocks
 
 FOR_MEANS = 16  # windows
@@ -102,8 +102,7 @@ def block_designs(model: Transformer, plan: Plan, tokens: Tensor) -> dict[str, l
     return {"residual": residual, "bias": bias}
 
 
-@command(*MODEL, *TEXT, option("--drop", default="0", help="Blocks, as in 0 (the paper's) or all."), *DTYPE, *COMPUTE,
-         *OUTPUT)  # fmt: skip
+@command(*MODEL, *TEXT, option("--drop", "Blocks, as in 0 (the paper's) or all.", default="0"))
 def table1(session) -> None:
     """The paper's table 1: where an SPD block adds residual and bias, before the all-reduce or after it.
 
@@ -113,7 +112,7 @@ def table1(session) -> None:
     blocks = model.config.num_blocks
     plan, data = Plan.dropping(blocks, parse_blocks(o.drop, blocks)), session.windows(model)
     result = block_designs(model.transformer, plan, data.tokens)
-    session.publish(result, model.describe(), o.tp, data.describe(), str(plan))
+    session.publish(result | {"plan": str(plan)}, model.describe(), data.describe())
 
 
 if __name__ == "__main__":

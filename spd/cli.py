@@ -3,54 +3,85 @@
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from spd.errors import SPDError, one_of
-from spd.options import (
-    BUDGET,
-    CALIBRATION,
-    CALIBRATION_TEXT,
-    COMMANDS,
-    COMPARE,
-    COMPUTE,
-    DATA_PARALLEL,
-    DROP,
-    DTYPE,
-    ENGINE,
-    MODEL,
-    OPTIMIZER,
-    OUTPUT,
-    PERCENTAGES,
+from spd.options import COMMANDS, Command, Parser, at_least, command, option, percentages
+from spd.session import Session
+
+# ---------------------------------------------------------------- options that several commands share
+
+DEVICE = partial(one_of, "device", known=("cpu", "cuda"))
+DTYPE = partial(one_of, "dtype", known=("float32", "bfloat16", "float16"))
+COMPUTE = (
+    option("--device", "cpu or cuda (one GPU a process).", DEVICE, "cpu"),
+    option("--dtype", "Of weights and arithmetic: float32, bfloat16 or float16.", DTYPE, "float32"),
+    option("--seed", "Seed of everything random.", int, 0),
+)
+MODEL = (
+    option(
+        "--model", "LLaMA folder of Hugging Face's form, 'spd-tiny', or hub id.", required=True, metavar="DIR|HUB_ID"
+    ),
+    option("--tp", "Logical tensor-parallel degree; it fixes the numbers, processes do not.", at_least(1), 1),
+    *COMPUTE,
+)
+BUILTIN = "'builtin' (spd-tiny's held-out text), 'builtin-train', 'wikitext2-train', 'wikitext2-test'"
+TEXT = (
+    option("--text", f"Text file, or one of {BUILTIN}.", metavar="FILE|NAME"),
+    option("--seq-len", "Tokens a window; left out: the model's positions, at most 2048.", int),
+    option("--windows", "Use the first N windows; left out: all.", at_least(1)),
+    option("--skip", "Pass over N windows first, to keep evaluation apart from calibration.", at_least(0), 0),
+)
+PLAN = option("--plan", "Plan file, or a folder made by 'distill'.", Path, metavar="PATH")
+PLANS = (
     PLAN,
-    PREDICTED,
-    PROMPT,
-    RECIPE,
-    REPAIR,
-    SAMPLING,
-    SENSITIVITY,
-    STRATEGIES,
-    STRATEGY,
-    TASKS,
-    TEXT,
-    THRESHOLDS,
-    TIMED,
-    Command,
-    Parser,
-    command,
-    floats,
-    option,
+    option("--drop", "Blocks whose attention sync is dropped: none, all, or as in 1,3,5-7.", metavar="SPEC"),
+    option("--drop-mlp", "The same for the sync after the MLP.", metavar="SPEC"),
 )
-from spd.session import Session, question
-
-PROGRAM = "Sync-point drop for tensor-parallel LLaMA models: which all-reduces can go, and what that gains."
-AFTER = (
-    "Every command prints one JSON document as its last line on stdout; progress goes to stderr. Start it under "
-    "torchrun to spread the tp shards over processes."
+PAPERS = "arc_easy, arc_challenge, hellaswag, lambada_openai, piqa, sciq, winogrande"
+TASKS = (
+    option("--tasks", f"Of the paper's {PAPERS}; mmlu; tiny_last_word and tiny_continuation.", metavar="NAME,NAME"),
+    option("--tasks-dir", "Folder of NAME.jsonl with their rows; left out: the hub.", Path, metavar="DIR"),
+    option("--limit", "Only the first N questions of a task (of each subject, for mmlu).", at_least(1)),
+    option("--batch-size", "Contexts of tasks in a forward pass.", at_least(1), 16, aside=True),
 )
+THRESHOLDS = (
+    option("--tau1", "ISB up to this sensitivity, SB above; perplexity points.", float, 0.05),
+    option("--tau2", "SB up to this sensitivity, ESB above; perplexity points.", float, 10.0),
+)
+REPAIR = (
+    option("--epochs", "Passes over the windows for each block; left out: the recipe's.", int),
+    option("--learning-rate", "Adam's, or its share of each weight's size (best).", float),
+    option("--joint-epochs", "Passes of all dropped blocks together, towards the logits (best).", int),
+    option("--generated", "Windows that the model writes itself to learn from besides the text (best).", int),
+)
+CALIBRATION = (
+    option("--calibration", "Windows to repair on: the first, which --skip must pass over.", at_least(2), 128),
+    option("--repairs", "Folder of repairs: an interrupted run goes on there.", Path, Path("repairs"), aside=True),
+)
+PROMPT = (
+    option("--batch", "Sequences.", at_least(1), 1),
+    option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
+    option("--new-tokens", "Tokens decoded to time TPOT; 0 leaves it out.", at_least(0), 16),
+    option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us: emulated, or predicted over."),
+)
+PERCENTAGES = option("--percentages", "Of blocks to drop, as in 0,25,50; left out: every number.", percentages)
+SENSITIVITY = option("sensitivity", "What 'sensitivity --out' wrote.", Path, metavar="SENSITIVITY.json")
 
 
-@command(*MODEL, *TEXT, *PLAN, *DROP, *TASKS, COMPARE, DATA_PARALLEL, *DTYPE, *COMPUTE, *OUTPUT, name="eval")
+# ---------------------------------------------------------------- commands
+
+
+@command(
+    *(*MODEL, *TEXT, *PLANS, *TASKS),
+    option("--compare", "Put the model with nothing dropped to the same questions.", bool, False),
+    option(
+        "--data-parallel", "Copies of the model that divide the work, on equal parts of the processes.", at_least(1), 1
+    ),
+    name="eval",
+)
 def evaluate(session: Session) -> None:
     """Perplexity of a text, accuracy on tasks, or both, under a plan.
 
@@ -62,21 +93,21 @@ def evaluate(session: Session) -> None:
     o = session.options
     if o.text is None and o.tasks is None:
         raise SPDError("There is nothing to evaluate: give --text, --tasks or both.")
-    accuracy, result, data = session.accuracy(), {}, None
+    accuracy, data = session.accuracy(), None
     model = session.load()
     if accuracy is not None and o.compare:
         accuracy.compare_with(model)
-    letters = session.take_plan(model)
+    result = {"plan": session.take_plan(model)}
     if o.text is not None:
         data = session.windows(model)
         with session.progress(len(data.tokens), "windows") as progress:
             result |= perplexity(model.transformer, data.tokens, progress, session.replicas)
     if accuracy is not None:
         result |= accuracy(model)
-    session.publish(result | {"plan": letters}, model.describe(), o.tp, data and data.describe(), letters)
+    session.publish(result, model.describe(), data and data.describe())
 
 
-@command(*MODEL, *TEXT, *DTYPE, *COMPUTE, *OUTPUT)
+@command(*MODEL, *TEXT)
 def sensitivity(session: Session) -> None:
     """How much each block suffers from losing its attention sync (the paper's section 4.2.1).
 
@@ -89,10 +120,14 @@ def sensitivity(session: Session) -> None:
     data = session.windows(model)
     with session.progress(len(data.tokens), "windows") as progress:
         result = measure(model.transformer, data.tokens, progress)
-    session.publish(result, model.describe(), model.tp, data.describe())
+    session.publish(result, model.describe(), data.describe())
 
 
-@command(SENSITIVITY, BUDGET, *THRESHOLDS, *OUTPUT)
+@command(
+    SENSITIVITY,
+    option("--budget", "Blocks to drop, as a number (6) or a percentage (70%%).", default="70%"),
+    *THRESHOLDS,
+)
 def plan(session: Session) -> None:
     """Which blocks drop their attention sync, and what each needs first (the paper's algorithm 1).
 
@@ -104,11 +139,14 @@ def plan(session: Session) -> None:
     o = session.options
     measured = read_sensitivity(o.sensitivity)
     result = make_plan(measured["sensitivity"], o.budget, o.tau1, o.tau2)
-    session.publish(result, measured["model"], measured["tp"], measured.get("data"), result["plan"])
+    session.publish(result, measured["model"], measured.get("data"), measured["tp"])
 
 
-@command(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, STRATEGIES, *CALIBRATION, CALIBRATION_TEXT, *THRESHOLDS, *REPAIR,
-         *TASKS, *DTYPE, *COMPUTE, *OUTPUT)  # fmt: skip
+@command(
+    *(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, *CALIBRATION, *THRESHOLDS, *REPAIR, *TASKS),
+    option("--strategies", "Recipes: zs (nothing is repaired), b2b, b2b+hg, closed-form, best.", default="zs"),
+    option("--calibration-text", "Text to repair on, where not the one measured on.", metavar="FILE|NAME"),
+)
 def sweep(session: Session) -> None:
     """Perplexity against the percentage of blocks dropped, the least sensitive first, for ways to repair them.
 
@@ -120,14 +158,12 @@ def sweep(session: Session) -> None:
     from spd.planner import plans_by_percentage, read_sensitivity
     from spd.sweep import ZERO_SHOT, Repairer, Sweep, parse_strategies, sweep_recipes
 
-    o, accuracy = session.options, session.accuracy()
-    names, wanted = parse_strategies(o.strategies), floats(o.percentages)
-    model = session.load()
+    o, accuracy, is_main = session.options, session.accuracy(), session.runtime.is_main
+    names, model = parse_strategies(o.strategies), session.load()
     measured = read_sensitivity(o.sensitivity, model.fingerprint, o.tp)["sensitivity"]
     data, described, learnt = session.windows(model), model.describe(), None
     if names != [ZERO_SHOT]:
-        learnt = session.calibration(model, o.calibration, o.calibration_text).tokens
-    is_main = session.runtime.is_main
+        learnt = session.calibration(model, o.calibration_text).tokens
     repairer = Repairer(session.load, identity_of(model), learnt, o.repairs, is_main, session.progress)
     paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
     recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
@@ -140,14 +176,21 @@ def sweep(session: Session) -> None:
         scores = accuracy(model) if accuracy is not None else {}
         return {"perplexity": found["perplexity"], "nats": found["nats"]} | scores
 
-    kept = o.repairs / f"points-{question(session.command, vars(o), ('percentages', 'strategies'))}.json"
-    with session.progress(len(names) * len(plans_by_percentage(measured, wanted)), "points") as progress:
-        points = Sweep(measured, repairer, recipes, o.tau1, o.tau2).curve(names, wanted, evaluate, progress, kept)
-    result = {"curve": points, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
-    session.publish(result, described, o.tp, data.describe())
+    kept = o.repairs / f"points-{session.question_without('percentages', 'strategies')}.json"
+    with session.progress(len(names) * len(plans_by_percentage(measured, o.percentages)), "points") as progress:
+        sweep = Sweep(measured, repairer, recipes, o.tau1, o.tau2)
+        found = sweep.curve(names, o.percentages, evaluate, progress, kept)
+    result = {"curve": found, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
+    session.publish(result, described, data.describe())
 
 
-@command(*MODEL, *TEXT, *PLAN, *DROP, RECIPE, STRATEGY, OPTIMIZER, *REPAIR, *COMPUTE, *OUTPUT, result_in="result.json")
+@command(
+    *(*MODEL, *TEXT, *PLANS, *REPAIR),
+    option("--recipe", "zs (nothing), closed-form (no training), paper, or best.", default="closed-form"),
+    option("--strategy", "Of the paper's recipe, as in its figure 7: zs, b2b or b2b+hg.", default="b2b+hg"),
+    option("--optimizer", "adam or adamw; the paper does not say."),
+    result_in="result.json",
+)
 def distill(session: Session) -> None:
     """Repair the blocks that a plan drops, so that the model loses less.
 
@@ -169,10 +212,10 @@ def distill(session: Session) -> None:
     document, data = session.plan_document(model), session.windows(model)
     with session.progress(total_steps(document, recipe, len(data.tokens)), "steps") as progress:
         result = repair(model, data.tokens, document, recipe, o.out, session.runtime.is_main, progress)
-    session.publish(result, model.describe(), o.tp, data.describe(), result["plan"])
+    session.publish(result, model.describe(), data.describe())
 
 
-@command(*MODEL, *PLAN, *DTYPE, *COMPUTE, *OUTPUT, result_in=None)
+@command(*MODEL, PLAN, result_in=None)
 def export(session: Session) -> None:
     """Write the repaired model as a Hugging Face folder that transformers loads, with its plan (plan.json) inside.
 
@@ -187,13 +230,18 @@ def export(session: Session) -> None:
         raise SPDError("An export needs --plan (a folder made by 'distill', or a plan file) and --out (a new folder).")
     o.tp = degree(o.plan) if o.tp == 1 else o.tp
     model = session.load()
-    letters = session.take_plan(model)
-    result = model.save_pretrained(o.out, session.runtime.is_main)
-    session.publish(result, model.describe(), model.tp, plan=letters)
+    session.take_plan(model)
+    session.publish(model.save_pretrained(o.out, session.runtime.is_main), model.describe())
 
 
-@command(*MODEL, option("--prompt", required=True, action="append", help="Text to continue; again for a batch."),
-         *SAMPLING, *PLAN, *DROP, *DTYPE, *COMPUTE, *OUTPUT)  # fmt: skip
+@command(
+    *(*MODEL, *PLANS),
+    option("--prompt", "Text to continue; again for a batch.", action="append", required=True),
+    option("--max-new-tokens", "Tokens to add at most.", at_least(1), 64),
+    option("--temperature", "0 is greedy.", float, 0.0),
+    option("--top-k", "Sample among the k most probable tokens.", int),
+    option("--top-p", "Sample among the fewest tokens reaching probability p.", float),
+)
 def generate(session: Session) -> None:
     """Continue a prompt under a plan, greedily or sampled.
 
@@ -209,10 +257,24 @@ def generate(session: Session) -> None:
     texts = [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     one = len(o.prompt) == 1
     result = {"text": texts[0] if one else texts, "token_ids": ids[0] if one else ids, "plan": letters}
-    session.publish(result, model.describe(), o.tp, plan=letters)
+    session.publish(result, model.describe())
 
 
-@command(*TIMED, *PROMPT, *ENGINE, *DTYPE, *COMPUTE, *OUTPUT)
+@command(
+    option("--model", "Checkpoint folder, 'spd-tiny' or hub id.", metavar="DIR|HUB_ID"),
+    option("--shape", "Named shape with random weights, as llama-125m."),
+    option("--tp", "Processes, one shard each; on CPU they are started here.", at_least(1), 1),
+    option(
+        "--plan", "Plan file or folder, for its policies; again to compare.", Path, [], action="append", metavar="PATH"
+    ),
+    option("--drop", "Blocks that drop; again to compare.", default=[], action="append", metavar="SPEC"),
+    option("--sensitivity", "Compare plans that drop the least sensitive blocks of this file first.", Path),
+    *(PERCENTAGES, *PROMPT, *COMPUTE),
+    option("--repeats", "Timed repetitions of each plan.", at_least(1), 20),
+    option("--compile", "By torch.compile with static shapes; on GPUs also CUDA graphs.", bool, False),
+    option("--alone", "Time rank 0's shard by itself; its all-reduces are predicted over --link.", bool, False),
+    option("--transport", "How processes started here talk: shared-memory (where it works) or process-group."),
+)
 def bench(session: Session) -> None:
     """Time to first token and per output token of several plans, on real processes, interleaved.
 
@@ -222,15 +284,23 @@ def bench(session: Session) -> None:
 
     o = session.options
     described = describe_timed(o.model, o.shape, o.tp)
-    letters = plans_to_time(described, o.tp, o.plan or [], o.drop or [], o.sensitivity, floats(o.percentages))
-    settings = BenchSettings(
-        letters, o.model, o.shape, o.batch, o.prompt_len, o.new_tokens, o.link, o.repeats, dtype=o.dtype, seed=o.seed,
-        compile=o.compile, share_of=o.tp if o.alone else None, transport=o.transport,
-    )  # fmt: skip
-    session.publish(run(session.runtime, o.tp, settings), described, o.tp)
+    letters = plans_to_time(described, o.tp, o.plan, o.drop, o.sensitivity, o.percentages)
+    same = ("model", "shape", "batch", "prompt_len", "new_tokens", "link", "repeats", "dtype", "seed", "compile")
+    same = {name: getattr(o, name) for name in (*same, "transport")}
+    settings = BenchSettings(letters, share_of=o.tp if o.alone else None, **same)
+    session.publish(run(session.runtime, o.tp, settings), described)
 
 
-@command(*PREDICTED, *PROMPT, *OUTPUT)
+@command(
+    option("--shape", "Named shape, as llama2-70b.", required=True),
+    option("--gpu", "Named GPU; left out: a100."),
+    option("--tp", "GPUs, one shard each.", at_least(1), 8),
+    option("--nodes", "Nodes they are on: which measured all-reduce counts.", at_least(1), 1),
+    option("--percent", "Percentages of blocks that drop their attention sync.", percentages, "70"),
+    option("--launch-us", "Host time an operator waits for; 0 under CUDA graphs.", at_least(0, float), 0.0),
+    option("--calibration", "A machine that 'profile' calibrated, not a GPU.", Path),
+    *PROMPT,
+)
 def predict(session: Session) -> None:
     """Latency on machines that are not at hand: TTFT, TPOT, share of communication, what dropping gains, the ceiling.
 
@@ -240,17 +310,16 @@ def predict(session: Session) -> None:
     from spd.pretrained import describe
 
     o = session.options
-    result, config = ask(
-        o.shape, floats(o.percent), o.tp, gpu_name=o.gpu, nodes=o.nodes, link=o.link, calibration=o.calibration,
-        batch=o.batch, prompt_len=o.prompt_len, new_tokens=o.new_tokens, launch_us=o.launch_us,
-    )  # fmt: skip
-    session.publish(result, describe(config, o.shape, f"shape-{o.shape}"), o.tp)
+    same = ("nodes", "link", "calibration", "batch", "prompt_len", "new_tokens", "launch_us")
+    result, config = ask(o.shape, o.percent, o.tp, gpu_name=o.gpu, **{name: getattr(o, name) for name in same})
+    session.publish(result, describe(config, o.shape, f"shape-{o.shape}"))
 
 
-@command(option("benches", type=Path, nargs="+", metavar="RECORDS", help="Records of 'bench', or folders of them."),
-         option("--check", type=Path, action="append", default=[], help="Records to predict, not to fit; again."),
-         option("--statistic", default="median", help="Time of a plan's repetitions: median, or min."),
-         *OUTPUT)  # fmt: skip
+@command(
+    option("benches", "Records of 'bench', or folders of them.", Path, nargs="+", metavar="RECORDS"),
+    option("--check", "Records to predict, not to fit; again.", Path, [], action="append"),
+    option("--statistic", "Time of a plan's repetitions: median, or min.", default="median"),
+)
 def profile(session: Session) -> None:
     """Calibrate the latency model on measurements of this machine, for 'predict --calibration'.
 
@@ -264,8 +333,7 @@ def profile(session: Session) -> None:
     session.publish(calibrate(fitted, checked, o.statistic))
 
 
-@command(option("drawn", type=Path, nargs="+", metavar="RECORDS", help="Record files, or folders of them."),
-         *OUTPUT, result_in=None)  # fmt: skip
+@command(option("drawn", "Record files, or folders of them.", Path, nargs="+", metavar="RECORDS"), result_in=None)
 def report(session: Session) -> None:
     """Tables and figures from records, in the folder --out (default: figures); the tables are also shown on stderr."""
     from spd.report import print_tables
@@ -282,36 +350,44 @@ def report(session: Session) -> None:
 
 def main(only: Command | None = None) -> None:
     """Runs a command, or the one of a script; a mistake of the user's ends as one sentence and exit code 1."""
-    before = Parser(prog="spd", add_help=False, allow_abbrev=False)
-    before.add_argument("--experiment", type=Path)
-    given, words = before.parse_known_args()
     try:
-        if only is None:
-            if not words or words[0] in ("-h", "--help"):
-                sys.exit(print(overview()))
-            if words[0] not in COMMANDS:
-                before.error(f"there is no command '{words[0]}', known: {', '.join(COMMANDS)}")
-            only, words = COMMANDS[words[0]], words[1:]
-        only.run(words, given.experiment)
+        Session(*chosen(only)).run()
     except SPDError as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: who read the output has gone
         sys.exit(130)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="spd-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
         reason = " ".join(str(error).split())[:120]
-        _fail(f"This is a bug of spd: {type(error).__name__}: {reason} ({file.name}).", 70)
+        fail(f"This is a bug of spd: {type(error).__name__}: {reason} ({file.name}).", 70)
     sys.exit(0)
 
 
-def _fail(sentence: str, code: int) -> NoReturn:
+def chosen(only: Command | None):
+    """The command that the words after the program's name ask for, and its options."""
+    before = Parser(add_help=False, allow_abbrev=False)
+    before.add_argument("--experiment", type=Path, metavar="FILE.yaml", help="Values of options, by command.")
+    given, words = before.parse_known_args()
+    if only is None:
+        program = Parser(
+            prog="spd",
+            parents=[before],
+            allow_abbrev=False,
+            description="Sync-point drop for tensor-parallel LLaMA models: which all-reduces can go, and the gain.",
+            epilog="Each command has --help, and prints one JSON document as its last line on stdout; progress goes to "
+            "stderr. Start it under torchrun to spread the tp shards over processes.",
+        )
+        names = program.add_subparsers(dest="name", metavar="COMMAND", required=True)
+        for each in COMMANDS.values():
+            names.add_parser(each.name, help=each.function.__doc__.splitlines()[0], add_help=False)
+        found, words = program.parse_known_args(words or ["--help"])
+        only = COMMANDS[found.name]
+    return only, only.parse(words, given.experiment)
+
+
+def fail(sentence: str, code: int) -> NoReturn:
     from spd.launch import environment_rank, leave, say
 
     say(f"rank {environment_rank()}: {sentence}" if environment_rank() else sentence)
     leave(code)
-
-
-def overview() -> str:
-    lines = [f"  {name:12} {(c.function.__doc__ or '').splitlines()[0]}" for name, c in COMMANDS.items()]
-    return "\n".join([f"{PROGRAM}\n\nspd [--experiment FILE.yaml] COMMAND ... (each has --help)\n", *lines, "", AFTER])

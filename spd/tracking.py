@@ -29,21 +29,8 @@ ENVIRONMENT = {
 DONE_WITHIN = 120  # seconds
 SCORES = ("perplexity", "nats", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup", "ceiling")
 PARAMS = (
-    *(
-        "dtype",
-        "device",
-        "seed",
-        "seq_len",
-        "windows",
-        "skip",
-        "tasks",
-        "limit",
-        "shape",
-        "batch",
-        "prompt_len",
-        "link",
-    ),
-    *("recipe", "strategy", "percentages", "calibration", "epochs", "learning_rate"),
+    *("dtype", "device", "seed", "seq_len", "windows", "skip", "tasks", "limit", "shape", "batch", "prompt_len"),
+    *("recipe", "strategy", "percentages", "calibration", "epochs", "learning_rate", "link"),
 )
 Metrics = Iterator[tuple[str, float, int]]  # name, value, step
 

@@ -16,7 +16,7 @@ import spd.cli  # noqa: F401  (declares the commands)
 from spd.config import SHAPES
 from spd.distill import recipe_named
 from spd.errors import SPDError
-from spd.options import COMMANDS, read_experiment, take_experiment
+from spd.options import COMMANDS, read_experiment
 from spd.records import load_records
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def test_shape_only_runs_the_same_chain_on_random_weights(chain):
 def test_every_experiment_is_valid(path):
     for section in {*read_experiment(path), *COMMANDS} - {"common"}:
         if section in COMMANDS:  # as table1 is, since its script was imported
-            take_experiment(COMMANDS[section].parser(), section, path)
+            COMMANDS[section].values_of(path)
 
 
 def test_the_paper_s_numbers():
