@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spd.bench import chosen_transport, spread
-from spd.checkpoint import SINGLE, random_tensors
+from spd.checkpoint import random_tensors, write_weights
 from spd.cli import main
 from spd.config import ModelConfig, named_shape
-from spd.errors import SPDError
+from spd.errors import SPDError, one_of
 from spd.launch import Runtime, cores, spawn
 from spd.model import Transformer
 from spd.options import at_least, command, option
@@ -185,9 +185,8 @@ def compare_all(
     """
     for shape, tp in product(shapes, degrees):
         named_shape(shape).validate_tp(tp)
-    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if unknown:
-        raise SPDError(f"Unknown dtype '{unknown[0]}'; known: {', '.join(DTYPES)}.")
+    for dtype in dtypes:
+        one_of("dtype", dtype, DTYPES)
     if max(degrees) > cores():
         raise SPDError(f"{max(degrees)} processes on {cores()} cores would time nothing but their waiting.")
     rows, transport = [], chosen_transport(None)
@@ -216,10 +215,8 @@ def degrees_of(spec: str) -> list[int]:
 
 def write_random(config: ModelConfig, folder: Path, seed: int) -> None:
     """A Hugging Face folder of random weights in bfloat16, which float32 holds exactly: both dtypes get the same."""
-    from safetensors.torch import save_file
-
     config.to_hf().save_pretrained(folder)
-    save_file(random_tensors(config, seed), folder / SINGLE, metadata={"format": "pt"})
+    write_weights(folder, config, random_tensors(config, seed))
 
 
 @command(

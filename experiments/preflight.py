@@ -15,8 +15,7 @@ import psutil
 import torch
 from budget import GIB, Budget, stages
 
-from spd.checkpoint import SafetensorsFolder
-from spd.config import ModelConfig
+from spd.checkpoint import Checkpoint
 from spd.data import BUILTIN, read_text
 from spd.errors import SPDError
 from spd.launch import runtime
@@ -83,9 +82,7 @@ def _weights(needs: Needs) -> list[str]:
         folder = _cached(needs.model)
         if folder is None:
             return _hub_access(needs.model)
-        config = ModelConfig.from_folder(folder)
-        config.validate_tp(needs.tp)
-        SafetensorsFolder(folder).validate(config)
+        Checkpoint(folder).config.validate_tp(needs.tp)
     except SPDError as error:
         return [str(error)]
     return [] if list(folder.glob("tokenizer*")) else [f"{folder} holds no tokenizer."]

@@ -4,27 +4,21 @@ does not fit. Its numbers mean nothing, and everything made from it says so by t
 
 import argparse
 import json
-import math
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from spd.checkpoint import SINGLE, hf_shapes, safetensors_header
+from spd.checkpoint import random_tensors, write_weights
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.pretrained import MARK, mark_of
 from spd.records import write_json
 from spd.tiny import MODEL_DIR
 
-ROWS_AT_ONCE = 1024
-
 
 def write_shape_only(shape: str | ModelConfig, blocks: int, folder: Path, seed: int = 0) -> dict:
-    """Writes a checkpoint folder in bfloat16 with spd-tiny's tokenizer, tensor by tensor, whole or not at all.
+    """Writes a checkpoint folder in bfloat16 with spd-tiny's tokenizer, block by block, whole or not at all.
 
     Args:
         shape: a named one (`spd.config.SHAPES`), or a configuration.
@@ -42,6 +36,7 @@ def write_shape_only(shape: str | ModelConfig, blocks: int, folder: Path, seed: 
     if folder.exists():
         raise SPDError(f"{folder} is there already; shape-only weights are written to a new folder.")
     mark = {"shape": shape if isinstance(shape, str) else "custom", "blocks": blocks, "of": config.num_blocks}
+    mark["name"] = f"{mark['shape']}, shape only: {blocks} of {config.num_blocks} blocks, random weights"
     tiny = json.loads((MODEL_DIR / "config.json").read_text())
     if config.vocab_size < tiny["vocab_size"]:
         raise SPDError(f"The tokenizer needs a vocabulary of {tiny['vocab_size']}, and the shape's is smaller.")
@@ -53,33 +48,10 @@ def write_shape_only(shape: str | ModelConfig, blocks: int, folder: Path, seed: 
         shutil.copy(file, partial / file.name)
     special = {name: tiny.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(partial / "config.json", cut.to_hf().to_dict() | special | {"dtype": "bfloat16"})
-    size = _write_weights(partial / SINGLE, cut, seed)
+    size = write_weights(partial, cut, random_tensors(cut, seed))
     write_json(partial / MARK, mark)
     partial.replace(folder)
     return {"folder": str(folder), "bytes": size, **mark}
-
-
-def _write_weights(path: Path, config: ModelConfig, seed: int) -> int:
-    """Gives the number of bytes."""
-    shapes, generator = hf_shapes(config), torch.Generator().manual_seed(seed)
-    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-    with path.open("wb") as out:
-        out.write(safetensors_header({name: ("BF16", shape, sizes[name]) for name, shape in shapes.items()}))
-        for name, shape in shapes.items():
-            for rows in _random(name, shape, generator):
-                out.write(rows.view(torch.uint8).numpy())
-    return sum(sizes.values())
-
-
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """A tensor's rows, some at a time, of a scale that keeps activations near 1."""
-    if len(shape) == 1:
-        yield torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
-        return
-    scale = 1.0 if "embed" in name else 1 / math.sqrt(shape[1])
-    for start in range(0, shape[0], ROWS_AT_ONCE):
-        size = (min(ROWS_AT_ONCE, shape[0] - start), shape[1])
-        yield torch.empty(size, dtype=torch.bfloat16).normal_(0.0, scale, generator=generator)
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from spd.checkpoint import SafetensorsFolder
+from spd.checkpoint import Checkpoint
 from spd.comm import Collective, Link, Shards
-from spd.config import ModelConfig, named_shape
+from spd.config import named_shape
 from spd.engines import Compiled, Eager, clock, floors, measure
 from spd.errors import SPDError, one_of
 from spd.launch import Runtime, bar, cores, nccl_settings, spawn
@@ -229,10 +229,9 @@ def describe_timed(model: str | None, shape: str | None, tp: int) -> dict:
         config, folder = named_shape(shape), None
         name, fingerprint = f"{shape} (random weights)", f"random-{shape}"
     else:
-        folder = resolve(model)
-        config, weights, name = ModelConfig.from_folder(folder), SafetensorsFolder(folder), display_name(model)
-        weights.validate(config)
-        fingerprint = weights.fingerprint(config)
+        source = Checkpoint(resolve(model))
+        config, folder = source.config, source.folder
+        name, fingerprint = display_name(model), source.fingerprint()
     config.validate_tp(tp)
     return describe(config, name, fingerprint, folder)
 
@@ -249,7 +248,7 @@ def plans_to_time(
     blocks, fingerprint = described["blocks"], described["fingerprint"]
     if files and fingerprint.startswith("random-"):
         raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
-    chosen = [read_plan(path, fingerprint, tp, blocks) for path in files]
+    chosen = [read_plan(path, fingerprint, tp, blocks).plan for path in files]
     chosen += [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
     if sensitivity is not None:
         values = read_sensitivity(sensitivity, fingerprint)["sensitivity"]

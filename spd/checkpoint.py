@@ -1,4 +1,4 @@
-"""Hugging Face safetensors folders: which slices belong to which shard, and reading just those.
+"""Hugging Face safetensors folders: which slices belong to which shard; reading and writing just those.
 
 Only safetensors are read, no pickles and no remote code.
 """
@@ -7,23 +7,28 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from spd.config import ModelConfig
-from spd.errors import SPDError
+from spd.config import ModelConfig, hf_shapes
+from spd.errors import SPDError, in_words
 from spd.model import Transformer
+from spd.records import write_json
 
 CHUNK_BYTES = 16 * 2**20  # read at once, so that loading needs little beyond the weights themselves
 SAMPLE_BYTES = 64
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+# ---------------------------------------------------------------- which slices belong to which shard
 
 
 @dataclass(frozen=True)
@@ -35,35 +40,18 @@ class Slice:
     start: int = 0
     stop: int = 0
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """The slice of the whole tensor, as a view."""
+        return tensor if self.dim is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
 
-def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this configuration holds."""
-    d, f, q, kv = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    )
-    linear = {
-        "self_attn.q_proj": (q, d, config.attention_bias),
-        "self_attn.k_proj": (kv, d, config.attention_bias),
-        "self_attn.v_proj": (kv, d, config.attention_bias),
-        "self_attn.o_proj": (d, q, config.attention_bias),
-        "mlp.gate_proj": (f, d, config.mlp_bias),
-        "mlp.up_proj": (f, d, config.mlp_bias),
-        "mlp.down_proj": (d, f, config.mlp_bias),
-    }
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
-    for i in range(config.num_blocks):
-        prefix = f"model.layers.{i}."
-        shapes |= {prefix + "input_layernorm.weight": (d,), prefix + "post_attention_layernorm.weight": (d,)}
-        for name, (rows, columns, bias) in linear.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
+
+WHOLE = {  # what every shard holds whole, by its place outside of blocks or inside one
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
 
 
 def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> list[Slice]:
@@ -72,202 +60,210 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
     Queries, keys, values, gate and up are split by rows (Megatron's column-parallel layers), o and down by
     columns; the rest is whole on every shard. Where tp exceeds the key/value heads, neighbours share one.
     """
-    whole = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    if parameter in whole:
-        return [Slice(whole[parameter])]
-    _, i, module, *_, kind = parameter.split(".")
-    inner = parameter.split(".")[3]
-    prefix, size = f"model.layers.{i}.", config.head_dim
-    if module == "attention_norm":
-        return [Slice(prefix + "input_layernorm.weight")]
-    if module == "mlp_norm":
-        return [Slice(prefix + "post_attention_layernorm.weight")]
-    heads, neurons = config.num_heads // tp * size, config.intermediate_size // tp
-    kv_heads = config.kv_heads_per_shard(tp) * size
-    kv_start = shard * config.num_kv_heads // tp * size
+    layer, _, kind = parameter.rpartition(".")
+    prefix = ""
+    if layer.startswith("blocks."):
+        _, block, layer = layer.split(".", 2)
+        prefix = f"model.layers.{block}."
+    if layer in WHOLE:
+        return [Slice(f"{prefix}{WHOLE[layer]}.{kind}")]
+    heads, neurons = config.num_heads // tp * config.head_dim, config.intermediate_size // tp
+    kv_start = shard * config.num_kv_heads // tp * config.head_dim
     q = (shard * heads, (shard + 1) * heads)
-    kv = (kv_start, kv_start + kv_heads)
+    kv = (kv_start, kv_start + config.kv_heads_per_shard(tp) * config.head_dim)
     mlp = (shard * neurons, (shard + 1) * neurons)
     rows = {
-        "qkv": [("self_attn.q_proj", *q), ("self_attn.k_proj", *kv), ("self_attn.v_proj", *kv)],
-        "gate_up": [("mlp.gate_proj", *mlp), ("mlp.up_proj", *mlp)],
+        "attention.qkv": [("self_attn.q_proj", *q), ("self_attn.k_proj", *kv), ("self_attn.v_proj", *kv)],
+        "mlp.gate_up": [("mlp.gate_proj", *mlp), ("mlp.up_proj", *mlp)],
     }
-    columns = {"out": ("self_attn.o_proj", *q), "down": ("mlp.down_proj", *mlp)}
-    if inner in rows:
-        return [Slice(f"{prefix}{name}.{kind}", 0, a, b) for name, a, b in rows[inner]]
-    name, a, b = columns[inner]
-    return [Slice(f"{prefix}{name}.bias")] if kind == "bias" else [Slice(f"{prefix}{name}.weight", 1, a, b)]
+    columns = {"attention.out": ("self_attn.o_proj", *q), "mlp.down": ("mlp.down_proj", *mlp)}
+    if layer in rows:
+        return [Slice(f"{prefix}{name}.{kind}", 0, start, stop) for name, start, stop in rows[layer]]
+    name, start, stop = columns[layer]
+    return [Slice(f"{prefix}{name}.bias")] if kind == "bias" else [Slice(f"{prefix}{name}.weight", 1, start, stop)]
 
 
-def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
-    """The head of a file with these tensors, name: (dtype, shape, bytes), whose contents follow it in this order."""
-    described, offset = {}, 0
-    for name, (dtype, shape, size) in tensors.items():
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    header = json.dumps(described).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header
+def _parts(config: ModelConfig, tp: int, shard: int, name: str, values: Tensor) -> Iterator[tuple[Slice, Tensor]]:
+    """Each slice that makes up a shard's parameter, and the rows of its `values` that are this slice."""
+    row = 0
+    for part in shard_slices(config, tp, shard, name):
+        rows = part.stop - part.start if part.dim == 0 else len(values)
+        yield part, values[row : row + rows]
+        row += rows
 
 
-class SafetensorsFolder:
-    """The tensors of a folder, located and checked by their headers alone."""
+# ---------------------------------------------------------------- reading
+
+
+class Index(BaseModel):
+    """What of `model.safetensors.index.json` is relied upon."""
+
+    weight_map: dict[str, str]
+
+
+class Checkpoint:
+    """A folder's configuration and tensors, checked against each other; no weights are read yet."""
 
     def __init__(self, folder: Path):
-        """Raises SPDError where a file is missing, truncated or not safetensors."""
-        self.folder = folder
-        self.entries: dict[str, dict] = {}  # name -> {"shape", "dtype", "file", "offset", "bytes"}
+        """Raises SPDError where a file or tensor is missing, damaged, or not of the shape that was configured."""
+        self.folder, self.config = folder, ModelConfig.from_folder(folder)
+        self.tensors = {}  # name -> safetensors' slice, which reads what it is indexed with
         for file in self._files():
-            self.entries |= self.header(file)
+            try:
+                opened = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                size = f"{file.stat().st_size:,} bytes"
+                raise SPDError(f"{file} ({size}) is truncated or not a safetensors file: {error}.") from error
+            self.tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        expected = hf_shapes(self.config)
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            raise SPDError(f"{len(missing)} of {len(expected)} tensors are missing in {folder}: {missing[0]}.")
+        for name, shape in expected.items():
+            found = tuple(self.tensors[name].get_shape())
+            if found != shape:
+                raise SPDError(f"{name} in {folder} has shape {found}, its configuration asks for {shape}.")
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
-                raise SPDError(f"{index} is not a valid safetensors index.") from None
-            missing = [name for name in names if not (self.folder / name).exists()]
-            if missing:
-                raise SPDError(
-                    f"{len(missing)} of {len(names)} weight files are missing in {self.folder}: {missing[0]}."
-                )
-            return [self.folder / name for name in names]
-        if (self.folder / SINGLE).exists():
-            return [self.folder / SINGLE]
-        raise SPDError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
-
-    @staticmethod
-    def header(file: Path) -> dict[str, dict]:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise SPDError(f"{file} is truncated or not a safetensors file ({size:,} bytes).")
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError:
-                raise SPDError(f"{file} is not a safetensors file: its header is damaged.") from None
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if size < end:
-            raise SPDError(f"{file} is truncated: {size:,} bytes of {end:,}.")
-        return {
-            name: {
-                "shape": tuple(entry["shape"]),
-                "dtype": entry["dtype"],
-                "file": file,
-                "offset": 8 + length + entry["data_offsets"][0],
-                "bytes": entry["data_offsets"][1] - entry["data_offsets"][0],
-            }
-            for name, entry in header.items()
-        }
-
-    def validate(self, config: ModelConfig) -> None:
-        """Raises SPDError naming the first tensor that is missing or of another shape than the configuration's."""
-        expected = hf_shapes(config)
-        missing = [name for name in expected if name not in self.entries]
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        if not index.exists():
+            if single.exists():
+                return [single]
+            raise SPDError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
+        try:
+            names = sorted(set(Index.model_validate_json(index.read_bytes()).weight_map.values()))
+        except ValidationError as error:
+            raise SPDError(f"{index} is not a valid safetensors index ({in_words(error)}).") from None
+        missing = [name for name in names if not (self.folder / name).exists()]
         if missing:
-            raise SPDError(f"{len(missing)} of {len(expected)} tensors are missing in {self.folder}: {missing[0]}.")
-        for name, shape in expected.items():
-            found = self.entries[name]["shape"]
-            if found != shape:
-                raise SPDError(f"{name} in {self.folder} has shape {found}, its configuration asks for {shape}.")
+            raise SPDError(f"{len(missing)} of {len(names)} weight files are missing in {self.folder}: {missing[0]}.")
+        return [self.folder / name for name in names]
 
-    def fingerprint(self, config: ModelConfig) -> str:
+    def fingerprint(self) -> str:
         """16 hex digits from the configuration, names, shapes and a few bytes of every tensor."""
-        digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
-        for name in sorted(hf_shapes(config)):
-            entry = self.entries[name]
-            digest.update(f"{name}{entry['shape']}{entry['dtype']}".encode())
-            with entry["file"].open("rb") as stream:
-                for place in (0, entry["bytes"] // 2, max(0, entry["bytes"] - SAMPLE_BYTES)):
-                    stream.seek(entry["offset"] + place)
-                    digest.update(stream.read(min(SAMPLE_BYTES, entry["bytes"] - place)))
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, shape in sorted(hf_shapes(self.config).items()):
+            tensor = self.tensors[name]
+            digest.update(f"{name}{shape}{tensor.get_dtype()}".encode())
+            row = tensor[:1].nbytes
+            size = shape[0] * row
+            for place in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                rows = tensor[place // row : min(shape[0], (place + SAMPLE_BYTES) // row + 1)]
+                held = rows.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                digest.update(held[place % row :][:SAMPLE_BYTES])
         return digest.hexdigest()[:16]
 
-    @cached_property
-    def _open(self) -> dict[Path, safe_open]:
-        return {file: safe_open(file, "pt") for file in {entry["file"] for entry in self.entries.values()}}
-
-    def chunks(self, part: Slice) -> Iterator[tuple[int, torch.Tensor]]:
+    def chunks(self, part: Slice) -> Iterator[tuple[int, Tensor]]:
         """(first row within the slice, rows) pieces of at most `CHUNK_BYTES` or one row."""
-        entry = self.entries[part.name]
-        tensor = self._open[entry["file"]].get_slice(part.name)
-        first, last = (part.start, part.stop) if part.dim == 0 else (0, entry["shape"][0])
-        rows = max(1, CHUNK_BYTES * entry["shape"][0] // max(1, entry["bytes"]))
+        tensor = self.tensors[part.name]
+        first, last = (part.start, part.stop) if part.dim == 0 else (0, tensor.get_shape()[0])
+        rows = max(1, CHUNK_BYTES // tensor[:1].nbytes)
         for start in range(first, last, rows):
             piece = slice(start, min(start + rows, last))
             yield start - first, tensor[piece, part.start : part.stop] if part.dim == 1 else tensor[piece]
 
 
 @torch.no_grad()
-def load_weights(model: Transformer, weights: SafetensorsFolder) -> None:
+def load_weights(model: Transformer, source: Checkpoint) -> None:
     """Fills the parameters of the hosted shards, converting to their dtype and device."""
-    weights.validate(model.config)
     shards = model.shards
     try:
         for name, parameter in model.named_parameters():
-            parts = [shard_slices(model.config, shards.tp, shard, name) for shard in shards.hosted]
-            replicated = parts[0][0].dim is None
-            targets = [parameter] if replicated else parameter
-            for target, slices in zip(targets, parts[: len(targets)], strict=True):
-                row = 0
-                for part in slices:
-                    for offset, piece in weights.chunks(part):
-                        target[row + offset : row + offset + len(piece)].copy_(piece)
-                    row += part.stop - part.start
+            hosted = zip(shards.hosted, parameter, strict=True) if name in model.sharded else [(0, parameter)]
+            for shard, values in hosted:
+                for part, rows in _parts(model.config, shards.tp, shard, name, values):
+                    for start, piece in source.chunks(part):
+                        rows[start : start + len(piece)].copy_(piece)
     except SafetensorError as error:
-        raise SPDError(f"The weights in {weights.folder} cannot be read: {error}.") from error
+        raise SPDError(f"The weights in {source.folder} cannot be read: {error}.") from error
+
+
+# ---------------------------------------------------------------- random weights
 
 
 @torch.no_grad()
-def fill_randomly(model: Transformer, seed: int) -> None:
-    """Random weights of a usual scale: for timing a shape, never for quality."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        else:
-            parameter.normal_(0.0, 1 / math.sqrt(parameter.shape[-1]), generator=generator)
+def randomize(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random values of a usual scale, in place, for a tensor of this name: for timing, never for quality."""
+    if "norm" in name:
+        return tensor.fill_(1.0)
+    if name.endswith("bias"):
+        return tensor.zero_()
+    return tensor.normal_(0.0, 1 / math.sqrt(tensor.shape[-1]), generator=generator)
 
 
-def random_tensors(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    """A whole checkpoint by Hugging Face's names, of a usual scale, in bfloat16: for timing, never for quality."""
+def random_tensors(config: ModelConfig, seed: int) -> Iterator[dict[str, Tensor]]:
+    """A checkpoint's tensors in bfloat16, which float32 holds exactly: those outside of blocks, then block by block."""
     generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in hf_shapes(config).items():
-        if "norm" in name:
-            made[name] = torch.ones(shape, dtype=torch.bfloat16)
-        else:
-            made[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5, generator=generator)
-    return made
+    for _, some in groupby(hf_shapes(config).items(), lambda named: re.findall(r"layers\.(\d+)", named[0])):
+        yield {name: randomize(name, torch.empty(shape, dtype=torch.bfloat16), generator) for name, shape in some}
 
 
-def dense_tensors(model: Transformer, config: ModelConfig, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors, on the host, that some of the model's parameters make up together."""
-    shapes, tp, found = hf_shapes(config), model.shards.tp, {}
-    for name, parameter in parameters.items():
-        whole = model.shards.gather(parameter.data) if model.is_sharded(name) else parameter.data[None]
-        for shard, values in enumerate(whole.cpu()):
-            row = 0
-            for part in shard_slices(config, tp, shard, name):
-                target = found.setdefault(part.name, torch.empty(shapes[part.name], dtype=values.dtype))
-                if part.dim is None:
-                    target.copy_(values)
-                elif part.dim == 0:
-                    rows = part.stop - part.start
-                    target[part.start : part.stop] = values[row : row + rows]
-                    row += rows
-                else:
-                    target[:, part.start : part.stop] = values
-    return found
+# ---------------------------------------------------------------- writing
+
+
+def write_weights(folder: Path, config: ModelConfig, pieces: Iterable[dict[str, Tensor]], is_main: bool = True) -> int:
+    """One file for the tensors outside of blocks and one a block, with an index; gives the bytes of all tensors.
+
+    `pieces` are those of the files: no more than one is held at a time. Where many processes make them, one writes.
+    """
+    places, size = {}, 0
+    for number, tensors in enumerate(pieces, start=1):
+        file = f"model-{number:05}-of-{config.num_blocks + 1:05}.safetensors"
+        if is_main:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if is_main:
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    return size
+
+
+def exported_config(model: Transformer) -> ModelConfig:
+    """The model's shape; where shards' copies of a key/value head have come to differ, each becomes a head.
+
+    Where a repair gave attention biases to some blocks, all get them, in place: of zero.
+    """
+    config, tp = model.config, model.shards.tp
+    if any(block.attention.out.bias is not None for block in model.blocks):
+        config = replace(config, attention_bias=True)
+        for block in model.blocks:
+            block.attention.add_biases()
+    if tp > config.num_kv_heads and not all(_copies_agree(model, i) for i in range(config.num_blocks)):
+        return replace(config, num_kv_heads=tp)
+    return config
+
+
+def _copies_agree(model: Transformer, block: int) -> bool:
+    attention, config = model.blocks[block].attention, model.config
+    queries, copies = attention.h * attention.head_dim, model.shards.tp // config.num_kv_heads
+    for parameter in attention.qkv.parameters():
+        keys_values = model.shards.gather(parameter.data)[:, queries:].unflatten(0, (-1, copies))
+        if not (keys_values == keys_values[:, :1]).all():
+            return False
+    return True
+
+
+def dense_tensors(model: Transformer, config: ModelConfig) -> Iterator[dict[str, Tensor]]:
+    """The checkpoint that the shards make up together, in the pieces that `write_weights` wants, on the host."""
+    shapes, outside = hf_shapes(config), {n: p for n, p in model.named_parameters() if not n.startswith("blocks.")}
+    for parameters in (outside, *(block_parameters(model, i) for i in range(config.num_blocks))):
+        found = {}
+        for name, parameter in parameters.items():
+            values = _of_all_shards(model, name, parameter)
+            for shard, own in enumerate(values if name in model.sharded else values[None]):
+                for part, rows in _parts(config, model.shards.tp, shard, name, own):
+                    target = found.setdefault(part.name, torch.empty(shapes[part.name], dtype=rows.dtype))
+                    part.of(target).copy_(rows)
+        yield found
+
+
+def _of_all_shards(model: Transformer, name: str, parameter: Tensor) -> Tensor:
+    """On the host: (tp, ...) where each shard has its own part, (...) where all have the same."""
+    values = parameter.detach()
+    return (model.shards.gather(values) if name in model.sharded else values).contiguous().cpu()
+
+
+# ---------------------------------------------------------------- repaired weights
 
 
 def block_parameters(model: Transformer, block: int) -> dict[str, Tensor]:
@@ -282,8 +278,7 @@ def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -
     for name, parameter in block_parameters(model, block).items():
         differs = torch.tensor([float(not torch.equal(parameter, before[name]))], device=parameter.device)
         if model.shards.all_reduce(differs, "repair").item():
-            whole = model.shards.gather(parameter.data) if model.is_sharded(name) else parameter.data
-            found[name] = whole.contiguous().cpu()
+            found[name] = _of_all_shards(model, name, parameter)
     return found
 
 
@@ -297,15 +292,14 @@ def load_changed(model: Transformer, path: Path) -> None:
     shards = model.shards
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            names = list(file.keys())
+            for name in names:
                 if re.fullmatch(r"blocks\.\d+\.attention\.(qkv|out)\.bias", name):  # a repair may have added them
                     model.blocks[int(name.split(".")[1])].attention.add_biases()
             parameters = dict(model.named_parameters())
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                target = parameters.get(name)
-                sharded = target is not None and model.is_sharded(name)
-                expected = None if target is None else [*((shards.tp,) if sharded else ()), *target.shape[sharded:]]
+            for name in names:
+                part, target, sharded = file.get_slice(name), parameters.get(name), name in model.sharded
+                expected = None if target is None else [*([shards.tp] if sharded else []), *target.shape[sharded:]]
                 if part.get_shape() != expected:
                     raise SPDError(f"{path} does not fit this model and tp={shards.tp}: {name} is {part.get_shape()}.")
                 target.copy_(part[shards.hosted.start : shards.hosted.stop] if sharded else part[:])

@@ -223,12 +223,12 @@ def export(session: Session) -> None:
     transformers does, it is another function than the original model and a worse one: repaired blocks were fitted to
     what shards see without the sync.
     """
-    from spd.plan import degree
+    from spd.plan import read_plan
 
     o = session.options
     if o.plan is None or o.out is None:
         raise SPDError("An export needs --plan (a folder made by 'distill', or a plan file) and --out (a new folder).")
-    o.tp = degree(o.plan) if o.tp == 1 else o.tp
+    o.tp = read_plan(o.plan).tp if o.tp == 1 else o.tp
     model = session.load()
     session.take_plan(model)
     session.publish(model.save_pretrained(o.out, session.runtime.is_main), model.describe())

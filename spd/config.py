@@ -1,46 +1,43 @@
 """Shape of a LLaMA model: read from a Hugging Face `config.json` or chosen by name, validated in words."""
 
-import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import field, fields
 from pathlib import Path
 
 import torch
+from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from spd.errors import SPDError, one_of
+from spd.errors import SPDError, in_words, one_of
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length seen
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # bytes: `.itemsize`
-HF_NAMES = {  # field of `ModelConfig` -> transformers' name for it
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
+HF_NAMES = {  # fields of `ModelConfig` that transformers calls otherwise
     "num_blocks": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "max_positions": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
 }
+OWN_FORM = ("rope", "eos_token_ids", "pad_token_id")  # fields that are not simply transformers' under some name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class ModelConfig:
     """A LLaMA decoder's shape. Letters as in the docstrings of `model.py`."""
 
-    vocab_size: int
-    hidden_size: int  # D
-    intermediate_size: int  # width of the MLP
-    num_blocks: int  # L
-    num_heads: int  # H, query heads
-    num_kv_heads: int  # K, key/value heads
-    head_dim: int
-    max_positions: int
-    norm_eps: float = 1e-5
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt  # D
+    intermediate_size: PositiveInt  # width of the MLP
+    num_blocks: PositiveInt  # L
+    num_heads: PositiveInt  # H, query heads
+    num_kv_heads: PositiveInt  # K, key/value heads
+    head_dim: PositiveInt
+    max_positions: PositiveInt
+    norm_eps: PositiveFloat = 1e-5
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     tie_embeddings: bool = False
     attention_bias: bool = False
@@ -85,11 +82,7 @@ class ModelConfig:
 
     def parameters(self) -> int:
         """Number of parameters of the dense model."""
-        d, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_heads * hd, self.num_kv_heads * hd
-        block = 2 * d * q + 2 * d * kv + 3 * d * f + 2 * d
-        block += (q + 2 * kv + d) * self.attention_bias + (2 * f + d) * self.mlp_bias
-        return self.num_blocks * block + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return sum(math.prod(shape) for shape in hf_shapes(self).values())
 
     def rotary_frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (head_dim / 2,) and the factor on cosine and sine, after RoPE scaling."""
@@ -101,11 +94,8 @@ class ModelConfig:
 
     def to_hf(self) -> LlamaConfig:
         """The same shape for transformers."""
-        named = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
+        named = {theirs: getattr(self, ours) for ours, theirs in _shared_fields().items()}
         return LlamaConfig(**named, rope_parameters=dict(self.rope))  # a copy: transformers completes it
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
     @classmethod
     def from_hf(cls, source: dict) -> "ModelConfig":
@@ -115,29 +105,64 @@ class ModelConfig:
             raise SPDError(f"The model is of type '{kind}'; only LLaMA models (model_type 'llama') are supported.")
         if source.get("hidden_act", "silu") not in ("silu", "swish"):
             raise SPDError(f"Activation '{source['hidden_act']}' is not LLaMA's; only 'silu' is supported.")
+        invalid = "The model's config.json is not a valid LLaMA configuration"
         try:
             hf = LlamaConfig(**{key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")})
         except Exception as error:  # transformers validates with several exception types
-            reason = " ".join(str(error).split())
-            raise SPDError(f"The model's config.json is not a valid LLaMA configuration: {reason}") from error
+            raise SPDError(f"{invalid}: {' '.join(str(error).split())}") from error
         eos = hf.eos_token_id
-        return cls(
-            **{ours: getattr(hf, theirs) for ours, theirs in HF_NAMES.items()},
-            rope=dict(hf.rope_parameters),
-            eos_token_ids=tuple([] if eos is None else eos if isinstance(eos, list) else [eos]),
-            pad_token_id=hf.pad_token_id,
-        )
+        try:
+            return cls(
+                **{ours: getattr(hf, theirs) for ours, theirs in _shared_fields().items()},
+                rope=dict(hf.rope_parameters),
+                eos_token_ids=tuple([] if eos is None else eos if isinstance(eos, list) else [eos]),
+                pad_token_id=hf.pad_token_id,
+            )
+        except ValidationError as error:
+            raise SPDError(f"{invalid}: {in_words(error, HF_NAMES)}.") from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         path = folder / "config.json"
         try:
-            source = json.loads(path.read_text())
+            return cls.from_hf(TypeAdapter(dict).validate_json(path.read_bytes()))
         except FileNotFoundError:
             raise SPDError(f"{folder} holds no config.json, so it is not a Hugging Face model folder.") from None
-        except json.JSONDecodeError as error:
-            raise SPDError(f"{path} is not valid JSON ({error}).") from error
-        return cls.from_hf(source)
+        except OSError as error:
+            raise SPDError(f"{path} cannot be read ({error.strerror}).") from error
+        except ValidationError as error:
+            raise SPDError(f"{path} is not valid JSON for a model ({in_words(error)}).") from None
+
+
+def _shared_fields() -> dict[str, str]:
+    """Fields that transformers has as well, and its names for them."""
+    return {f.name: HF_NAMES.get(f.name, f.name) for f in fields(ModelConfig) if f.name not in OWN_FORM}
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this configuration holds, block by block at the end."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linear = {
+        "self_attn.q_proj": (q, d, config.attention_bias),
+        "self_attn.k_proj": (kv, d, config.attention_bias),
+        "self_attn.v_proj": (kv, d, config.attention_bias),
+        "self_attn.o_proj": (d, q, config.attention_bias),
+        "mlp.gate_proj": (f, d, config.mlp_bias),
+        "mlp.up_proj": (f, d, config.mlp_bias),
+        "mlp.down_proj": (d, f, config.mlp_bias),
+    }
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    for i in range(config.num_blocks):
+        prefix = f"model.layers.{i}."
+        shapes |= {prefix + "input_layernorm.weight": (d,), prefix + "post_attention_layernorm.weight": (d,)}
+        for name, (rows, columns, bias) in linear.items():
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
 
 
 def _llama(layers, hidden, heads, kv_heads, mlp, vocab=32000, positions=4096, **more) -> ModelConfig:

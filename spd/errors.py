@@ -1,6 +1,8 @@
 """The one exception that the command line shows as a sentence; every mistake of input raises it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from pydantic import ValidationError
 
 
 class SPDError(Exception):
@@ -12,3 +14,10 @@ def one_of(kind: str, given: str, known: Collection[str]) -> str:
     if given not in known:
         raise SPDError(f"Unknown {kind} '{given}'; known: {', '.join(known)}.")
     return given
+
+
+def in_words(error: ValidationError, names: Mapping[str, str] = {}) -> str:
+    """The first thing that is wrong, as `place: reason`; `names` are those that the reader's file has for places."""
+    first = error.errors()[0]
+    place = "".join(f"{names.get(part, part)}: " for part in first["loc"])
+    return place + first["msg"].removeprefix("Value error, ")

@@ -248,6 +248,9 @@ class Transformer(nn.Module):
         self.norm = Norm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = Rotary(config)
+        self.sharded = frozenset(  # names of the parameters of which each shard has its own part; others are equal
+            f"{path}.{kind}" for path, layer in self.named_modules() for kind in getattr(layer, "sharded", ())
+        )
 
     def embed(self, tokens: Tensor) -> Stream:
         """Token ids (B, T) to a stream with nothing pending."""
@@ -293,11 +296,6 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.last_logits(stream) if last_only else self.logits(stream)
-
-    def is_sharded(self, parameter: str) -> bool:
-        """Whether each shard has its own part of the parameter so named; the others are equal on all shards."""
-        layer, _, kind = parameter.rpartition(".")
-        return kind in getattr(self.get_submodule(layer), "sharded", ())
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         config, weight, shards = self.config, self.embedding.weight, self.shards

@@ -1,12 +1,13 @@
 """A plan is data: one policy for each of the two sync points of every block."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from spd.errors import SPDError, one_of
+from spd.errors import SPDError, in_words, one_of
 
 POINTS = ("attention", "mlp")  # the sync points of a block, in the order they are reached
 
@@ -29,6 +30,10 @@ TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)  # Megatron's block, and the pa
 POLICIES = {policy.name: policy for policy in (FULL, DROP)}
 
 
+def _policy(name: str) -> Policy:
+    return POLICIES[one_of("policy", name, POLICIES)]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Policies of every block: `blocks[i]` is (attention, mlp). Prints as its letters, as in `DF DF FF`."""
@@ -49,18 +54,14 @@ class Plan:
     def from_letters(cls, letters: str) -> "Plan":
         by_letter = {policy.letter: policy for policy in POLICIES.values()}
         try:
-            return cls(tuple((by_letter[pair[0]], by_letter[pair[1]]) for pair in letters.split()))
-        except (KeyError, IndexError):
+            return cls(tuple((by_letter[attention], by_letter[mlp]) for attention, mlp in letters.split()))
+        except (KeyError, ValueError):
             raise SPDError(f"'{letters}' is not a plan; two letters of {', '.join(by_letter)} a block.") from None
 
     @classmethod
-    def from_policies(cls, pairs: list) -> "Plan":
+    def from_policies(cls, pairs: Iterable[tuple[str, str]]) -> "Plan":
         """From `[["drop", "full"], ...]`, the form of plan files."""
-        try:
-            named = (tuple(one_of("policy", name, POLICIES) for name in (attention, mlp)) for attention, mlp in pairs)
-            return cls(tuple((POLICIES[attention], POLICIES[mlp]) for attention, mlp in named))
-        except (TypeError, ValueError):
-            raise SPDError("A plan needs two policies a block, attention and mlp.") from None
+        return cls(tuple((_policy(attention), _policy(mlp)) for attention, mlp in pairs))
 
     def policies(self) -> list[list[str]]:
         return [[policy.name for policy in pair] for pair in self.blocks]
@@ -75,18 +76,10 @@ class Plan:
         """Numbers of the blocks whose `point` is dropped."""
         return [i for i, pair in enumerate(self.blocks) if pair[POINTS.index(point)] is DROP]
 
-    def pending_at_end(self) -> bool:
-        """Whether something is still pending after the last block, so that a flush is due."""
-        return bool(self.blocks) and self.blocks[-1][1] is DROP
-
     def syncs(self) -> int:
-        """All-reduces in one forward pass, the last flush included."""
+        """All-reduces in one forward pass, with the flush that is due where the last point leaves something pending."""
         points = sum(policy is not DROP for pair in self.blocks for policy in pair)
-        return points + self.pending_at_end()
-
-    def sync_bytes(self, tokens: int, hidden_size: int, element_size: int) -> int:
-        """Payload of those all-reduces, bytes, for `tokens` = B x T."""
-        return self.syncs() * tokens * hidden_size * element_size
+        return points + bool(self.blocks and self.blocks[-1][1] is DROP)
 
 
 def parse_blocks(spec: str, num_blocks: int) -> list[int]:
@@ -115,54 +108,42 @@ class MadeFor(BaseModel, extra="allow"):
     name: str = "another model"
 
 
-class PlanFile(BaseModel, extra="allow"):
-    """What a plan file must hold; others may stand beside it, such as `classes` or `changed` (repaired weights)."""
+class PlanFile(BaseModel, extra="allow", strict=True):
+    """What a plan file must hold, and where repaired weights lie; others may stand beside it, such as `classes`."""
 
-    policies: list
+    policies: list[tuple[str, str]]
     model: MadeFor
     tp: int
+    changed: list[str] = []  # files beside it, one a block
 
-    @classmethod
-    def read(cls, path: Path) -> "PlanFile":
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise SPDError(f"There is no plan at {path}.") from None
-        except OSError as error:
-            raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
-        except ValidationError:
-            raise SPDError(f"{path} is not a plan file: it needs 'policies', 'model.fingerprint' and 'tp'.") from None
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_policies(self.policies)
 
 
-def plan_file(path: Path) -> Path:
-    """The plan file that a path means: itself, or the one in a folder."""
-    return path / "plan.json" if path.is_dir() else path
-
-
-def degree(path: Path) -> int:
-    """The tp that the plan at `path` was made for."""
-    return PlanFile.read(plan_file(path)).tp
-
-
-def read_plan(path: Path, fingerprint: str, tp: int, num_blocks: int) -> Plan:
-    """The plan in a file (or in the folder that `distill` made), for this model and degree only."""
-    return Plan.from_policies(read_plan_document(path, fingerprint, tp, num_blocks)["policies"])
-
-
-def read_plan_document(path: Path, fingerprint: str, tp: int, num_blocks: int) -> dict:
-    """All that a plan file holds; a mistake where it was made for another model, tp or number of blocks."""
-    path = plan_file(path)
-    found = PlanFile.read(path)
-    blocks, made_for = len(Plan.from_policies(found.policies)), found.model
-    if blocks != num_blocks:
-        raise SPDError(f"The plan at {path} has {blocks} blocks, the model {num_blocks}.")
-    if found.tp != tp:
+def read_plan(
+    path: Path, fingerprint: str | None = None, tp: int | None = None, num_blocks: int | None = None
+) -> PlanFile:
+    """A plan file, or the one in the folder that `distill` made; only one made for this model, where that is given."""
+    path = path / "plan.json" if path.is_dir() else path
+    try:
+        found = PlanFile.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise SPDError(f"There is no plan at {path}.") from None
+    except OSError as error:
+        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise SPDError(
+            f"{path} is not a plan file, which has 'policies' (two a block), 'model.fingerprint' and 'tp': "
+            f"{in_words(error)}."
+        ) from None
+    if num_blocks not in (None, len(found.plan)):
+        raise SPDError(f"The plan at {path} has {len(found.plan)} blocks, the model {num_blocks}.")
+    if tp not in (None, found.tp):
         raise SPDError(
             f"The plan at {path} was made for tp={found.tp}, not tp={tp}: sensitivities differ, make one anew."
         )
-    if made_for.fingerprint != fingerprint:
-        raise SPDError(
-            f"The plan at {path} was made for {made_for.name} ({made_for.fingerprint}), "
-            f"and this model is {fingerprint}."
-        )
-    return found.model_dump(exclude_unset=True)
+    if fingerprint not in (None, found.model.fingerprint):
+        made_for = f"{found.model.name} ({found.model.fingerprint})"
+        raise SPDError(f"The plan at {path} was made for {made_for}, and this model is {fingerprint}.")
+    return found

@@ -3,33 +3,34 @@
 import json
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spd.checkpoint import (
-    INDEX,
-    SafetensorsFolder,
-    block_parameters,
+    Checkpoint,
     dense_tensors,
-    fill_randomly,
+    exported_config,
     load_changed,
     load_weights,
+    randomize,
+    write_weights,
 )
 from spd.comm import Shards
 from spd.config import DTYPES, ModelConfig
 from spd.errors import SPDError
 from spd.generate import Sampling, generate
 from spd.model import Transformer
-from spd.plan import Plan, plan_file, read_plan_document
+from spd.plan import Plan, read_plan
 from spd.records import write_json
 from spd.tiny import MODEL_DIR
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
+COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")
+MARK = "shape_only.json"  # of a folder with random weights: their `name`, `shape`, `blocks` and `of` how many
 
 
 def resolve(model: str | Path) -> Path:
@@ -87,16 +88,12 @@ class SPDModel:
         """Reads the hosted shards of a LLaMA checkpoint (folder, `spd-tiny` or hub id).
 
         `shards` says which of the `tp` shards this process hosts; left out, all of them."""
-        folder = resolve(model)
-        config = ModelConfig.from_folder(folder)
-        shards = shards or Shards(tp)
-        config.validate_tp(shards.tp)
-        weights = SafetensorsFolder(folder)
-        weights.validate(config)
-        transformer = build(config, shards, DTYPES[dtype], device)
-        load_weights(transformer, weights)
-        loaded = cls(transformer, display_name(model), weights.fingerprint(config), folder)
-        loaded.plan = plan or Plan.full(config.num_blocks)
+        source, shards = Checkpoint(resolve(model)), shards or Shards(tp)
+        source.config.validate_tp(shards.tp)
+        transformer = build(source.config, shards, DTYPES[dtype], device)
+        load_weights(transformer, source)
+        loaded = cls(transformer, display_name(model), source.fingerprint(), source.folder)
+        loaded.plan = plan or Plan.full(source.config.num_blocks)
         return loaded
 
     @classmethod
@@ -105,7 +102,9 @@ class SPDModel:
     ) -> "SPDModel":
         """Random weights of a given shape, for timing."""
         transformer = build(config, shards, DTYPES[dtype], device)
-        fill_randomly(transformer, seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        for parameter_name, parameter in transformer.named_parameters():
+            randomize(parameter_name, parameter, generator)
         return cls(transformer, f"{name} (random weights)", f"random-{name}")
 
     @cached_property
@@ -135,10 +134,10 @@ class SPDModel:
 
     def load_plan(self, path: Path) -> None:
         """Takes the plan at `path`; with a folder that `distill` made, also the weights repaired for it."""
-        document = read_plan_document(path, self.fingerprint, self.tp, self.config.num_blocks)
-        for name in document.get("changed", []):
-            load_changed(self.transformer, plan_file(path).parent / name)
-        self.plan = Plan.from_policies(document["policies"])
+        found = read_plan(path, self.fingerprint, self.tp, self.config.num_blocks)
+        for name in found.changed:
+            load_changed(self.transformer, (path if path.is_dir() else path.parent) / name)
+        self.plan = found.plan
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None
@@ -163,12 +162,11 @@ class SPDModel:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _copy_descriptions(self.folder, partial, config, self.transformer.embedding.weight.dtype)
-        _write_weights(self.transformer, config, partial, is_main)
+            self._copy_descriptions(partial, config)
+        write_weights(partial, config, dense_tensors(self.transformer, config), is_main)
         if not is_main:
             return {}
-        fingerprint = SafetensorsFolder(partial).fingerprint(ModelConfig.from_folder(partial))
-        described = describe(config, folder.name, fingerprint)
+        described = describe(config, folder.name, Checkpoint(partial).fingerprint())
         plan = {"policies": self.plan.policies(), "plan": str(self.plan), "model": described, "tp": self.tp}
         write_json(partial / "plan.json", plan)
         if folder.exists():
@@ -177,16 +175,39 @@ class SPDModel:
         files = sorted(str(path) for path in folder.iterdir())
         return {"files": files, "plan": plan["plan"], "exported": described}
 
+    def _copy_descriptions(self, target: Path, config: ModelConfig) -> None:
+        """The tokenizer's files, and a `config.json` that says what is other than in the model's own."""
+        description = json.loads((self.folder / "config.json").read_text())
+        description.pop("torch_dtype", None)
+        description |= {"num_key_value_heads": config.num_kv_heads, "attention_bias": config.attention_bias}
+        description["dtype"] = str(self.transformer.embedding.weight.dtype).removeprefix("torch.")
+        write_json(target / "config.json", description)
+        for file in (file for pattern in COPIED for file in self.folder.glob(pattern)):
+            shutil.copy(file, target / file.name)
+
     def describe(self) -> dict:
         return describe(self.config, self.name, self.fingerprint, self.folder)
 
 
 def describe(config: ModelConfig, name: str, fingerprint: str, folder: Path | None = None) -> dict:
-    """What a record or a plan says of a model; `shape_only` where its weights are random (`shape_only`)."""
+    """What a record or a plan says of a model; `shape_only` where its folder holds random weights."""
     mark = None if folder is None else mark_of(folder)
     described = {"name": name, "fingerprint": fingerprint}
     described |= {"blocks": config.num_blocks, "parameters": config.parameters()}
     return described | ({"shape_only": mark} if mark else {})
+
+
+def display_name(model: str | Path) -> str:
+    """A folder's name, or what its random weights are called; any other name as it is."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    return (mark_of(folder) or {}).get("name", folder.resolve().name)
+
+
+def mark_of(folder: Path) -> dict | None:
+    path = folder / MARK
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -195,79 +216,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
         raise SPDError(f"{folder} holds no tokenizer that can be loaded ({type(error).__name__}).") from error
-
-
-def display_name(model: str | Path) -> str:
-    if not Path(model).is_dir():
-        return str(model)
-    mark = mark_of(Path(model))
-    return name_of(mark) if mark else Path(model).resolve().name
-
-
-COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")
-
-
-def exported_config(model: Transformer) -> ModelConfig:
-    """The model's shape; where shards' copies of a key/value head have come to differ, each becomes a head.
-
-    Where a repair gave attention biases to some blocks, all get them, in place: of zero.
-    """
-    config, tp = model.config, model.shards.tp
-    if any(block.attention.out.bias is not None for block in model.blocks):
-        config = replace(config, attention_bias=True)
-        for block in model.blocks:
-            block.attention.add_biases()
-    if tp > config.num_kv_heads and not all(_copies_agree(model, i) for i in range(config.num_blocks)):
-        return replace(config, num_kv_heads=tp)
-    return config
-
-
-def _copies_agree(model: Transformer, block: int) -> bool:
-    attention, config = model.blocks[block].attention, model.config
-    queries, copies = attention.h * attention.head_dim, model.shards.tp // config.num_kv_heads
-    for parameter in filter(lambda p: p is not None, (attention.qkv.weight, attention.qkv.bias)):
-        keys_values = model.shards.gather(parameter.data)[:, queries:].unflatten(0, (-1, copies))
-        if not (keys_values == keys_values[:, :1]).all():
-            return False
-    return True
-
-
-def _copy_descriptions(source: Path, target: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    description = json.loads((source / "config.json").read_text())
-    description.pop("torch_dtype", None)
-    description |= {"num_key_value_heads": config.num_kv_heads, "attention_bias": config.attention_bias}
-    description["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(target / "config.json", description)
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            shutil.copy(file, target / file.name)
-
-
-def _write_weights(model: Transformer, config: ModelConfig, folder: Path, is_main: bool) -> None:
-    """One file a block and one for the rest, with an index: no more than a block is held at a time."""
-    inside = [block_parameters(model, i) for i in range(config.num_blocks)]
-    in_blocks = {name for parameters in inside for name in parameters}
-    rest = {name: p for name, p in model.named_parameters() if name not in in_blocks}
-    places, size = {}, 0
-    for number, parameters in enumerate((rest, *inside), start=1):
-        tensors = dense_tensors(model, config, parameters)
-        file = f"model-{number:05}-of-{len(inside) + 1:05}.safetensors"
-        if is_main:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-        size += sum(t.numel() * t.element_size() for t in tensors.values())
-    if is_main:
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-
-
-MARK = "shape_only.json"  # a model folder that holds it holds random weights
-
-
-def mark_of(folder: Path) -> dict | None:
-    """`shape`, `blocks` and `of` (the whole model's blocks) of a folder written here, None for any other."""
-    path = folder / MARK
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def name_of(mark: dict) -> str:
-    return f"{mark['shape']}, shape only: {mark['blocks']} of {mark['of']} blocks, random weights"

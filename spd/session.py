@@ -110,7 +110,7 @@ class Session:
 
     def plan_document(self, model) -> dict:
         """The content of `--plan` (policies, perhaps classes), or the policies of `--drop` and `--drop-mlp`."""
-        from spd.plan import Plan, parse_blocks, read_plan_document
+        from spd.plan import Plan, parse_blocks, read_plan
 
         blocks = model.config.num_blocks
         drops = [getattr(self.options, name, None) for name in ("drop", "drop_mlp")]
@@ -118,7 +118,7 @@ class Session:
             return {"policies": Plan.dropping(blocks, *(parse_blocks(d or "none", blocks) for d in drops)).policies()}
         if any(drops):
             raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
-        return read_plan_document(self.options.plan, model.fingerprint, model.tp, blocks)
+        return read_plan(self.options.plan, model.fingerprint, model.tp, blocks).model_dump(exclude_unset=True)
 
     def take_plan(self, model) -> str:
         """Gives the model its plan, with the repaired weights of a folder; the plan's letters."""

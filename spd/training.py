@@ -111,7 +111,7 @@ class Objective:
     def parameters(self) -> dict[bool, list[nn.Parameter]]:
         """Those to move: True, of which each shard has its own part; False, which are equal on all."""
         named = [(name, p) for i in self.blocks for name, p in block_parameters(self.model, i).items()]
-        return {kind: [p for name, p in named if self.model.is_sharded(name) is kind] for kind in (True, False)}
+        return {kind: [p for name, p in named if (name in self.model.sharded) is kind] for kind in (True, False)}
 
 
 def towards_output(inputs: Activations, block: int, policies: tuple[Policy, Policy], targets: Activations) -> Objective:

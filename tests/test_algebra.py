@@ -105,7 +105,6 @@ def test_collectives_are_counted(plain):
         assert {point: c.count for point, c in taken.items()} == counts
         assert all(c.bytes == c.count * payload for c in taken.values())
         assert model.plan.syncs() == sum(counts.values())
-        assert model.plan.sync_bytes(TOKENS.numel(), 32, 4) == sum(c.bytes for c in taken.values())
 
 
 def test_stream_reads_and_produces():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import psutil
 import pytest
@@ -10,12 +11,15 @@ from conftest import VARIANTS, hf_config, random_model
 from safetensors.torch import load_file, save_file
 
 from spd import SPDModel
-from spd.checkpoint import CHUNK_BYTES, SafetensorsFolder, Slice, hf_shapes, shard_slices
+from spd.checkpoint import CHUNK_BYTES, Checkpoint, Slice, shard_slices
 from spd.comm import Shards
-from spd.config import ModelConfig
+from spd.config import ModelConfig, hf_shapes
 from spd.errors import SPDError
 from spd.pretrained import resolve
+from spd.records import load_records
+from spd.tiny import MODEL_DIR
 
+RECORDS = Path(__file__).parents[1] / "experiments" / "records"
 CONFIG = ModelConfig.from_hf(hf_config(num_key_value_heads=4).to_dict())  # 8 heads of 4, MLP of 64
 
 
@@ -62,7 +66,7 @@ def test_slices_cover_every_tensor_once(variant, tp):
             if part.dim is None:
                 target += shard == 0  # replicated: counted once
             else:
-                target.narrow(part.dim, part.start, part.stop - part.start).add_(1)
+                part.of(target).add_(1)
     assert all(bool((count == 1).all()) for count in covered.values())
 
 
@@ -80,6 +84,11 @@ def test_one_file_or_many(plain, tmp_path):
     assert one.fingerprint == many.fingerprint
     for a, b in zip(one.transformer.parameters(), many.transformer.parameters(), strict=True):
         assert torch.equal(a, b)
+    for wrong in ("{", "[]", '{"weight_map": 1}', '{"weight_map": {"a": null}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(wrong)
+        with pytest.raises(SPDError, match="is not a valid safetensors index"):
+            SPDModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(SPDError, match="1 of 3 weight files are missing in .*: model-00002-of-00003.safetensors"):
         SPDModel.from_pretrained(tmp_path)
@@ -94,11 +103,11 @@ def test_truncated_file(copy):
     file = copy / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
-    with pytest.raises(SPDError, match=rf"is truncated: {len(whole) - 100:,} bytes of {len(whole):,}"):
+    with pytest.raises(SPDError, match=rf"{len(whole) - 100:,} bytes\) is truncated .*not fully covered"):
         SPDModel.from_pretrained(copy)
     for damaged in (whole[:50], b"", b"\x10" + bytes(7) + b"not json at all!" + bytes(100)):
         file.write_bytes(damaged)
-        with pytest.raises(SPDError, match="truncated|not a safetensors file"):
+        with pytest.raises(SPDError, match=rf"\({len(damaged):,} bytes\) is truncated or not a safetensors file"):
             SPDModel.from_pretrained(copy)
 
 
@@ -118,13 +127,18 @@ def test_wrong_shape_missing_tensor_no_safetensors(copy):
 
 def test_fingerprint_follows_the_content(plain, copy):
     def fingerprint(folder):
-        return SafetensorsFolder(folder).fingerprint(ModelConfig.from_folder(folder))
+        return Checkpoint(folder).fingerprint()
 
     assert fingerprint(copy) == fingerprint(plain)
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, copy / "model.safetensors")
     assert fingerprint(copy) != fingerprint(plain)
+
+
+def test_fingerprints_are_those_of_committed_records():
+    models = [record["model"] for record in load_records([RECORDS]) if record.get("model")]
+    assert {m["fingerprint"] for m in models if m["name"] == "spd-tiny"} == {Checkpoint(MODEL_DIR).fingerprint()}
 
 
 def test_other_dtypes_are_converted(copy):
@@ -138,14 +152,14 @@ def test_a_process_reads_only_its_shards(tmp_path, monkeypatch):
     """Hosting one shard of eight allocates its weights; what is read at once stays under the largest tensor."""
     random_model(tmp_path, vocab_size=64, hidden_size=512, intermediate_size=16384, num_hidden_layers=1)  # 100 MB
     config = ModelConfig.from_folder(tmp_path)
-    read, chunks = [], SafetensorsFolder.chunks
+    read, chunks = [], Checkpoint.chunks
 
     def watched(self, part):
         for offset, piece in chunks(self, part):
             read.append(piece.numel() * piece.element_size())
             yield offset, piece
 
-    monkeypatch.setattr(SafetensorsFolder, "chunks", watched)
+    monkeypatch.setattr(Checkpoint, "chunks", watched)
     SPDModel.from_pretrained(tmp_path, shards=Shards(8, rank=0, world=8))  # import and warm everything first
     read.clear()
     before = _anonymous_bytes()

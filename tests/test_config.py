@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -75,6 +76,9 @@ def test_round_trip_through_transformers():
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic' is not"),
         ({"num_key_value_heads": 3}, "8 heads cannot share 3"),
         ({"hidden_size": "wide"}, "not a valid LLaMA configuration"),
+        ({"num_hidden_layers": 0}, "not a valid LLaMA configuration: num_hidden_layers: .* greater than 0"),
+        ({"rms_norm_eps": -1.0}, "not a valid LLaMA configuration: rms_norm_eps: .* greater than 0"),
+        ({"eos_token_id": ["</s>"]}, "not a valid LLaMA configuration"),
     ],
 )
 def test_foreign_configurations_are_refused(changes, message):
@@ -85,9 +89,10 @@ def test_foreign_configurations_are_refused(changes, message):
 def test_damaged_config_file(tmp_path):
     with pytest.raises(SPDError, match=r"holds no config\.json"):
         ModelConfig.from_folder(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SPDError, match="not valid JSON"):
-        ModelConfig.from_folder(tmp_path)
+    for damaged in ("{", "[]", ""):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(SPDError, match="not valid JSON"):
+            ModelConfig.from_folder(tmp_path)
 
 
 def test_degrees_are_named():
@@ -105,4 +110,4 @@ def test_degrees_are_named():
 
 
 def test_config_is_json():
-    json.dumps(named_shape("llama3.2-1b").to_dict())
+    json.dumps(asdict(named_shape("llama3.2-1b")))

@@ -41,7 +41,7 @@ def gradients(runtime: Runtime) -> dict:
     """Runs on every process: each parameter's gradient for all shards, and the collectives that it took."""
     model = _model(runtime.shards(4))
     shards = model.shards
-    sharded = {name for name, p in model.named_parameters() if model.is_sharded(name)}
+    sharded = {name for name, _ in model.named_parameters() if name in model.sharded}
     loss = _loss(model)
     loss.backward()
     parameters = dict(model.named_parameters())

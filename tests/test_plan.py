@@ -18,8 +18,9 @@ def test_letters_and_policies_round_trip():
     assert plan.dropped() == [0, 2] and plan.dropped("mlp") == [2, 3]
     assert plan.syncs() == 4 + 1  # the last MLP is dropped, so a flush is due
     assert Plan.full(4).syncs() == 8
-    with pytest.raises(SPDError, match="two letters of F, D a block"):
-        Plan.from_letters("DF X")
+    for wrong in ("DF X", "DF XF", "DFF"):
+        with pytest.raises(SPDError, match="two letters of F, D a block"):
+            Plan.from_letters(wrong)
     with pytest.raises(SPDError, match="Unknown policy 'skip'; known: full, drop"):
         Plan.from_policies([["skip", "full"]])
 
@@ -94,7 +95,8 @@ def test_plan_files_belong_to_model_and_degree(tmp_path):
     path = tmp_path / "plan.json"
     document = {"policies": Plan.dropping(3, [1]).policies(), "model": {"name": "m", "fingerprint": "abc"}, "tp": 4}
     path.write_text(json.dumps(document))
-    assert str(read_plan(path, "abc", 4, 3)) == str(read_plan(tmp_path, "abc", 4, 3)) == "FF DF FF"
+    assert str(read_plan(path, "abc", 4, 3).plan) == str(read_plan(tmp_path, "abc", 4, 3).plan) == "FF DF FF"
+    assert read_plan(tmp_path).tp == 4
     for arguments, message in (
         (("abc", 4, 5), "has 3 blocks, the model 5"),
         (("abc", 2, 3), "made for tp=4, not tp=2"),
@@ -102,9 +104,15 @@ def test_plan_files_belong_to_model_and_degree(tmp_path):
     ):
         with pytest.raises(SPDError, match=message):
             read_plan(path, *arguments)
-    path.write_text("[]")
-    with pytest.raises(SPDError, match="is not a plan file"):
-        read_plan(path, "abc", 4, 3)
+    for wrong, message in (
+        ([], "an object"),
+        (document | {"tp": "4"}, "tp: .*valid integer"),
+        (document | {"policies": [["drop"]]}, "policies: 0: 1: Field required"),
+        (document | {"model": {}}, "model: fingerprint: Field required"),
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(SPDError, match=f"is not a plan file, .*{message}"):
+            read_plan(path)
     with pytest.raises(SPDError, match="There is no plan"):
         read_plan(tmp_path / "missing.json", "abc", 4, 3)
 
