@@ -179,8 +179,8 @@ def distill(
             repairs.restore(transformer, i)
             progress(recipe.steps(dropped[i], windows.trained))
         elif i in dropped:
-            note, changed = _repair(Case(i, dropped[i], plan.blocks[i], inputs, targets), recipe, progress)
-            repairs.finish(f"block {i}", note, [(i, changed)])
+            case = Case(i, dropped[i], plan.blocks[i], inputs, targets)
+            repairs.finish(f"block {i}", *_repair(case, recipe, progress))
         inputs = inputs.through(i, plan.blocks[i], in_place=True) if own else targets
         teacher = targets
     if recipe.joint and dropped and "joint" not in repairs.notes:
@@ -242,10 +242,10 @@ class Case:
     targets: Activations
 
 
-def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, dict[str, Tensor]]:
+def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[tuple[int, dict[str, Tensor]]]]:
     """Does to the block what the recipe says, and undoes it where the block is then worse on held-out windows.
 
-    Gives a note of it, and the tensors that changed.
+    Gives a note of it, and the block with its changed tensors.
     """
     transformer, i, seed = case.inputs.model, case.index, recipe.seed + 1000 * (case.index + 1)
     before, treatment = snapshot(transformer, [i]), recipe.treatment(case.block_class)
@@ -268,7 +268,7 @@ def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, dict[
             note["note"] = f"the repair ended at a loss of {found:.4g}, worse; kept zero-shot"
     if note["note"]:
         transformer.load_state_dict(before, strict=False)
-    return note, changed_tensors(transformer, i, before)
+    return note, [(i, changed_tensors(transformer, i, before))]
 
 
 def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor]) -> dict:

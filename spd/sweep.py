@@ -111,10 +111,11 @@ class Sweep:
         Scores are `kept` in a file after each, so that an interrupted sweep goes on; its path must be named by all
         that they depend on. `progress` is told of each point.
         """
-        plans, points, scores = plans_by_percentage(self.sensitivity, percentages), [], {}
-        wanted = [(name, plan, self.files(name, plan)) for name in recipes for plan in plans.values()]
-        scores, model, loaded = read_json(kept) or {} if kept else {}, None, frozenset()
-        for name, plan, files in wanted:
+        plans = plans_by_percentage(self.sensitivity, percentages).values()
+        repaired = [(name, plan, self.files(name, plan)) for name in recipes for plan in plans]
+        scores = (read_json(kept) if kept else None) or {}
+        points, model, loaded = [], None, frozenset()
+        for name, plan, files in repaired:
             same = " ".join([str(plan), *sorted("/".join(file.parts[-3:]) for file in files)])
             if same not in scores:
                 if model is None or not loaded <= files:

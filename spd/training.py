@@ -175,8 +175,8 @@ class Schedule:
             return max(SMALLEST_SCALE, (shards.all_reduce(mean, "scale") / shards.world).sqrt().item())
 
         every = [p for kind in objective.parameters.values() for p in kind]
-        rates = [self.learning_rate * (scale(p) if self.relative else 1) for p in every]
-        return OPTIMIZERS[self.optimizer]([{"params": [p], "lr": rate} for p, rate in zip(every, rates, strict=True)])
+        groups = [{"params": [p], "lr": self.learning_rate * (scale(p) if self.relative else 1)} for p in every]
+        return OPTIMIZERS[self.optimizer](groups)
 
 
 class Diverged(Exception):
