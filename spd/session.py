@@ -34,9 +34,8 @@ class Session:
         """A name for what a result depends on: command, version, options, and the content of files that they name."""
         asked = {o.name: _content(getattr(self.options, o.name)) for o in self.command.options if not o.aside}
         asked = {name: value for name, value in asked.items() if name not in names}
-        return hashlib.sha256(json.dumps([self.command.name, __version__, asked], sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
+        text = json.dumps([self.command.name, __version__, asked], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def run(self) -> None:
         """Answers from `--out` where it can, else on all processes."""

@@ -13,6 +13,7 @@ import yaml
 from conftest import random_model, with_tokenizer
 
 from spd.cli import main
+from spd.options import COMMANDS
 
 
 @pytest.fixture
@@ -95,8 +96,23 @@ def test_bench_starts_its_processes_and_report_draws(spd, common, plain, tmp_pat
     measured(spd, common)
     spd("plan", "s.json", "--budget", "1")
     spd("sweep", "s.json", *common)
-    code, result, err = spd("bench", "--model", plain, "--tp", 2, "--sensitivity", "s.json", "--prompt-len", 8,
-                            "--new-tokens", 2, "--repeats", 2, "--link", "1GBps,100us")  # fmt: skip
+    code, result, err = spd(
+        "bench",
+        "--model",
+        plain,
+        "--tp",
+        2,
+        "--sensitivity",
+        "s.json",
+        "--prompt-len",
+        8,
+        "--new-tokens",
+        2,
+        "--repeats",
+        2,
+        "--link",
+        "1GBps,100us",
+    )
     assert code == 0, err
     assert [row["blocks_dropped"] for row in result["plans"]] == [0, 1, 2, 3]
     assert result["tp"] == 2 and result["link"] == "1GBps,100us" and result["hardware"]["cores"]
@@ -117,8 +133,21 @@ def test_bench_starts_its_processes_and_report_draws(spd, common, plain, tmp_pat
 
 
 def test_bench_of_a_shape(spd):
-    code, result, err = spd("bench", "--shape", "llama-8m", "--drop", "none", "--drop", "all", "--prompt-len", 8,
-                            "--new-tokens", 0, "--repeats", 1)  # fmt: skip
+    code, result, err = spd(
+        "bench",
+        "--shape",
+        "llama-8m",
+        "--drop",
+        "none",
+        "--drop",
+        "all",
+        "--prompt-len",
+        8,
+        "--new-tokens",
+        0,
+        "--repeats",
+        1,
+    )
     assert code == 0, err
     assert [row["plan"][:2] for row in result["plans"]] == ["FF", "DF"]
     assert result["plans"][0]["tpot_ms"] is None
@@ -136,8 +165,10 @@ def test_runs_reach_mlflow(spd, common, tmp_path):
 
 
 def test_an_experiment_gives_the_defaults(spd, plain, text_of_words, tmp_path):
-    experiment = {"common": {"model": str(plain), "tp": 2, "text": str(text_of_words), "seq_len": 16, "windows": 4},
-                  "sweep": {"windows": 3, "skip": 4, "percentages": "0,100"}}  # fmt: skip
+    experiment = {
+        "common": {"model": str(plain), "tp": 2, "text": str(text_of_words), "seq_len": 16, "windows": 4},
+        "sweep": {"windows": 3, "skip": 4, "percentages": "0,100"},
+    }
     Path("e.yaml").write_text(yaml.safe_dump(experiment))
     code, result, err = spd("--experiment", "e.yaml", "sensitivity", "--out", "s.json")
     assert code == 0, err
@@ -150,11 +181,23 @@ def test_an_experiment_gives_the_defaults(spd, plain, text_of_words, tmp_path):
         ({"sensitivity": {"windows": "many"}}, "sensitivity.windows: 'many' is not a whole number"),
         ({"sensitivity": {"text": ["a"]}}, "sensitivity.text: ['a'] is not a value of this option"),
         ({"sensitivty": {"windows": 3}}, "there is no command 'sensitivty'; known: common, eval"),
+        ({"sensitivity": {"text": None}}, "sensitivity.text: None is not a value of this option"),
+        ({"sensitivity": {"mlflow": "no"}}, "sensitivity.mlflow: 'no' is not a value of this option"),
         ({"common": 3}, "it needs sections of options"),
     ):
         Path("e.yaml").write_text(yaml.safe_dump(wrong))
         code, _, err = spd("--experiment", "e.yaml", "sensitivity", "--model", plain)
         assert code == 1 and message in err
+
+
+def test_an_experiment_gives_an_option_that_may_be_given_again(tmp_path):
+    """A list of one, which more are added to; a switch; and nothing to a command that lacks the option."""
+    path = tmp_path / "e.yaml"
+    path.write_text(yaml.safe_dump({"common": {"compile": True, "tp": 4}, "bench": {"drop": "all", "tp": 2}}))
+    given = COMMANDS["bench"].parse(["--drop", "none"], path)
+    assert (given.drop, given.compile, given.tp, given.plan) == (["all", "none"], True, 2, [])
+    assert COMMANDS["bench"].parse(["--no-compile"], path).drop == ["all"]
+    assert COMMANDS["eval"].parse(["--model", "m"], path).tp == 4
 
 
 MISTAKES = {
@@ -231,8 +274,11 @@ def test_wrong_options_show_the_usage(spd):
 
 
 def test_help_is_there(spd):
-    for command in ("eval", "sensitivity", "plan", "sweep", "generate", "bench", "report"):
+    for command in COMMANDS:
         assert spd(command, "--help")[0] == 0
+    assert spd("--help")[0] == 0
+    code, _, err = spd("evaluate")
+    assert code == 2 and "invalid choice: 'evaluate'" in err and len(err.splitlines()) == 1
 
 
 def test_the_record_is_written_before_the_result(spd, common, tmp_path, monkeypatch):
@@ -450,8 +496,14 @@ def test_a_calibration_text_of_its_own_needs_no_skipping(spd, common, tmp_path):
 def test_what_is_missing_is_listed(tmp_path):
     """Of an experiment with another model and no network, all of it and nothing begun."""
     experiment = tmp_path / "e.yaml"
-    experiment.write_text(yaml.safe_dump({"common": {"model": "spd-tiny", "tp": 3, "text": "none.txt"},
-                                          "sweep": {"tasks": "piqa", "tasks_dir": str(tmp_path)}}))  # fmt: skip
+    experiment.write_text(
+        yaml.safe_dump(
+            {
+                "common": {"model": "spd-tiny", "tp": 3, "text": "none.txt"},
+                "sweep": {"tasks": "piqa", "tasks_dir": str(tmp_path)},
+            }
+        )
+    )
     command = [sys.executable, Path(os.getcwd(), "experiments/preflight.py"), experiment, "--tp", "3"]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -44,8 +44,14 @@ class Chain:
         """The commands that were started."""
         (self.folder / "log").write_text("")
         environment = {"PATH": "/usr/bin:/bin", "FAIL": fail}
-        done = subprocess.run([MAKE, *words, "PYTHON=./python"], cwd=self.folder, env=environment,
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+        done = subprocess.run(
+            [MAKE, *words, "PYTHON=./python"],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert (done.returncode != 0) == bool(code), done.stderr
         self.output = done.stdout + done.stderr
         return (self.folder / "log").read_text().splitlines()
@@ -202,15 +208,27 @@ def test_nothing_is_missing_where_all_is_there(complete):
 def test_all_that_is_missing_is_said_at_once(complete, tmp_path, monkeypatch):
     from dataclasses import replace
 
-    asked = replace(complete, texts=("nowhere.txt",), tasks=("piqa", "sciq", "boolq"), device="cuda", processes=2,
-                    budget=Budget(1, 1e9, 1e18, 1e18))  # fmt: skip
+    asked = replace(
+        complete,
+        texts=("nowhere.txt",),
+        tasks=("piqa", "sciq", "boolq"),
+        device="cuda",
+        processes=2,
+        budget=Budget(1, 1e9, 1e18, 1e18),
+    )
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (tmp_path / "model" / "tokenizer.json").unlink()
     (tmp_path / "model" / "tokenizer_config.json").unlink()
     found = missing(asked)
     assert len(found) == 6
-    patterns = ("2 GPUs are needed.*0 are visible", "host memory are needed", "GiB of disk are needed.*free under",
-                "holds no tokenizer", "There is no text nowhere.txt", "no rows of sciq, boolq")  # fmt: skip
+    patterns = (
+        "2 GPUs are needed.*0 are visible",
+        "host memory are needed",
+        "GiB of disk are needed.*free under",
+        "holds no tokenizer",
+        "There is no text nowhere.txt",
+        "no rows of sciq, boolq",
+    )
     for pattern, line in zip(patterns, found, strict=True):
         assert re.search(pattern, line), line
     next((tmp_path / "model").glob("*.safetensors")).write_bytes(b"cut")
