@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-from draw import Record, Table, canvas, finish, machine, model_of, newest, number, run, style, value
+from draw import run
 from matplotlib.figure import Figure
+
+from spd.report import canvas, finish
+from spd.tables import Record, Table, column, machine, model_of, newest, number, value
 
 GIB = 2**30
 
@@ -43,17 +46,19 @@ def _windows(chosen: Mapping[str, Record]) -> str:
 
 
 def _ablation(chosen: Mapping[str, Record]) -> Table:
-    rows: dict[str, dict] = {}
+    columns = {}
     for subject, record in chosen.items():
-        for i, variant in enumerate(value(record, "result", "variants")):
-            row = rows.setdefault(variant["name"], {"repair": variant["name"]})
-            row[subject] = number(record, "result", "variants", i, "perplexity")
-            row[f"{subject}: recovered %"] = 100 * number(record, "result", "variants", i, "recovered")
-            row[f"{subject}: seconds"] = number(record, "result", "variants", i, "seconds")
-    caption = "What each step of a repair gives: perplexity with attention syncs dropped, on text the repairs have not"
-    caption += " seen; the share of the loss (in nats) that zero-shot adds and the repair takes back; seconds it took. "
-    frame, used = pd.DataFrame(rows.values()), list(chosen.values())
-    return Table("ablation", caption + _windows(chosen), frame, used, ("repair", *chosen), ".2f")
+        names = [variant["name"] for variant in value(record, "result", "variants")]
+        columns[subject] = pd.Series(column(record, "variants", "perplexity"), names)
+        columns[f"{subject}: recovered %"] = 100 * pd.Series(column(record, "variants", "recovered"), names)
+        columns[f"{subject}: seconds"] = pd.Series(column(record, "variants", "seconds"), names)
+    caption = (
+        "What each step of a repair gives: perplexity with attention syncs dropped, on text the repairs have not seen;"
+        " the share of the loss (in nats) that zero-shot adds and the repair takes back; seconds it took."
+        f" {_windows(chosen)}"
+    )
+    frame = pd.concat(columns, axis=1).rename_axis("repair").reset_index()
+    return Table("ablation", caption, frame, list(chosen.values()), ".2f")
 
 
 def _table1(chosen: Mapping[str, Record]) -> Table:
@@ -61,9 +66,11 @@ def _table1(chosen: Mapping[str, Record]) -> Table:
     for subject, record in chosen.items():
         row = {"model": subject}
         for kind in ("residual", "bias"):
-            for i, design in enumerate(value(record, "result", kind)):
-                name = f"{kind}: {design['design']}" if design["design"] == "no SPD" else design["design"]
-                row[name] = number(record, "result", kind, i, "perplexity")
+            for design, perplexity in zip(
+                value(record, "result", kind), column(record, kind, "perplexity"), strict=True
+            ):
+                name = design["design"]
+                row[f"{kind}: {name}" if name == "no SPD" else name] = perplexity
         rows.append(row)
     caption = (
         "The paper's table 1 on small real models: perplexity where an SPD block adds its attention output (residual)"
@@ -71,22 +78,22 @@ def _table1(chosen: Mapping[str, Record]) -> Table:
         " where the output projection's bias is added after it, as the method does, or before it, tp times. The biases"
         " are the values' means, taken from the values and given back after the projection: the same function."
     )
-    return Table("table1", caption, pd.DataFrame(rows), list(chosen.values()), form=".2f")
+    return Table("table1", caption, pd.DataFrame(rows), list(chosen.values()), ".2f")
 
 
 def _budget(record: Record) -> Table:
-    result, rows = record["result"], []
-    for row in value(record, "result", "rows"):
-        hours = f"{row['seconds'] / 3600:.1f}" if row["fits"] else "does not fit"
-        rows.append({"model": row["model"], "GPUs": row["gpus"], "repair": row["repair"],
-                     "GiB a GPU": row["device_bytes"] / GIB, "GiB a host": row["host_bytes"] / GIB,
-                     "GiB on disk": row["disk_bytes"] / GIB, "hours": hours})  # fmt: skip
-    has = number(record, "result", "device_bytes") / GIB
+    result = record["result"]
+    rows = pd.DataFrame(value(record, "result", "rows"))
+    sizes = {"GiB a GPU": "device_bytes", "GiB a host": "host_bytes", "GiB on disk": "disk_bytes"}
+    frame = rows[["model", "gpus", "repair"]].rename(columns={"gpus": "GPUs"})
+    frame = frame.assign(**{words: rows[key] / GIB for words, key in sizes.items()})
+    frame["hours"] = (rows["seconds"] / 3600).map("{:.1f}".format).where(rows["fits"], "does not fit")
     caption = (
         f"Reckoned, not measured: all blocks of a model repaired on {result['windows']} windows of {result['seq_len']}"
-        f" tokens at tp={result['tp']}, on {result['gpu']} GPUs of {has:.0f} GiB at half their peak in float32."
+        f" tokens at tp={result['tp']}, on {result['gpu']} GPUs of {number(record, 'result', 'device_bytes') / GIB:.0f}"
+        " GiB at half their peak in float32."
     )
-    return Table("budget", caption, pd.DataFrame(rows), [record], form=".0f")
+    return Table("budget", caption, frame, [record], ".0f")
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
@@ -96,24 +103,21 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
         return {}
     table = _ablation(chosen)
     frame = table.frame.iloc[1:]  # without the model whose sync points are all kept
-    columns = {f"{subject}: recovered %": subject for subject in chosen}
-    points = frame[["repair", *columns]].rename(columns=columns)
-    points = points.melt("repair", var_name="on", value_name="recovered")
-    caption = "Share of the loss that dropping adds (in nats) and that a repair takes back, on text that it has not"
-    caption += " seen; right is better, 100 % is the model with every sync point kept. " + _windows(chosen)
-    with style():
-        figure = canvas(8.2, 2.2 + 0.34 * len(frame))
-        ax = figure.subplots()
-        sns.stripplot(
-            points, x="recovered", y="repair", hue="on", dodge=True, jitter=False, palette="colorblind", ax=ax
-        )
-        ax.axvline(0, color="0.25", linewidth=0.8)
-        ax.axvline(100, color="0.25", linewidth=0.8, linestyle="--")
-        ax.set(xlabel="loss taken back (%)", ylabel="", xlim=(max(ax.get_xlim()[0], -60), 106))
-        ax.grid(visible=True, axis="y")
-        handles, labels = ax.get_legend_handles_labels()
-        ax.get_legend().remove()
-        figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
+    recovered = frame.set_index("repair").filter(regex=": recovered %$").rename(columns=lambda c: c.rsplit(":", 1)[0])
+    points = recovered.melt(var_name="on", value_name="recovered", ignore_index=False).reset_index()
+    caption = (
+        "Share of the loss that dropping adds (in nats) and that a repair takes back, on text that it has not seen;"
+        f" right is better, 100 % is the model with every sync point kept. {_windows(chosen)}"
+    )
+    figure = canvas(8.2, 2.2 + 0.34 * len(frame))
+    ax = figure.subplots()
+    sns.stripplot(points, x="recovered", y="repair", hue="on", dodge=True, jitter=False, palette="colorblind", ax=ax)
+    ax.axvline(0, color="0.25", linewidth=0.8)
+    ax.axvline(100, color="0.25", linewidth=0.8, linestyle="--")
+    ax.set(xlabel="loss taken back (%)", ylabel="", xlim=(max(ax.get_xlim()[0], -60), 106))
+    ax.grid(visible=True, axis="y")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+    ax.get_legend().remove()
     return {"ablation": finish(figure, caption, table.records)}
 
 

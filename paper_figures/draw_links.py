@@ -2,19 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import pandas as pd
 import seaborn as sns
-from draw import MARKERS, Record, Table, canvas, finish, machine, number, plain, run, style, value
-from matplotlib.axes import Axes
+from draw import MARKERS, run
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from spd.comm import Link
-from spd.report import axis_of_blocks
-from spd.tables import named, timing_words, timings
+from spd.report import axis_of_blocks, canvas, finish, plain
+from spd.tables import Record, Table, column, machine, number, timing_words, timings, value
 
 COMMON = ("tp", "world", "batch", "prompt_len", "new_tokens", "dtype", "compile", "transport")
 DASHES = {"linestyle": (0, (4, 2)), "linewidth": 1.2}
@@ -40,15 +37,14 @@ def _one_kilobyte(record: Record) -> float:
 
 def _rows(record: Record) -> pd.DataFrame:
     """`timings`, with the time of all collectives of a prefill, by clock and by formula."""
-    frame = timings(record)
-    letters = [value(record, "result", "plans", i, "plan") for i in range(len(frame))]
-    at = [partial(number, record, "result", "plans", letters.index(plan)) for plan in frame["plan"]]
-    return frame.assign(
-        link=(record["result"]["link"] or "none emulated").replace(",", ", "),
-        transfer_ms=[read("communication_ms", "median") for read in at],
-        transfer_formula_ms=[read("floor", "ttft_communication_ms") for read in at],
-        formula_speedup=frame["formula_ms"].iloc[0] / frame["formula_ms"],
-    )
+    transfers = {
+        "transfer_ms": column(record, "plans", "communication_ms", "median"),
+        "transfer_formula_ms": column(record, "plans", "floor", "ttft_communication_ms"),
+    }
+    plans = [plan["plan"] for plan in record["result"]["plans"]]
+    frame = timings(record).join(pd.DataFrame(transfers, plans), on="plan")
+    frame["formula_speedup"] = frame["formula_ms"].iloc[0] / frame["formula_ms"]
+    return frame.assign(link=(record["result"]["link"] or "none emulated").replace(",", ", "))
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -58,12 +54,11 @@ def tables(records: Sequence[Record]) -> list[Table]:
         return []
     columns = ["link", "blocks_dropped", "percent", "ttft_median_ms", "ttft_spread_ms", "formula_ms", "transfer_ms"]
     columns += ["transfer_formula_ms", "speedup", "formula_speedup", "saved_share"]
-    last = measured[-1]
     caption = (
         "Left: the more a link costs, the more dropping gains; right: the time of the collectives that are left. Solid:"
         " measured, medians; dashed: the time without communication plus the link's formula and idle real collectives;"
         " what is measured above that is one process waiting for the other."
-        f" {named(last)}, {timing_words(last)}; {len(measured)} records; {machine(last)}."
+        f" {timing_words(measured[-1])}; {len(measured)} records; {machine(measured[-1])}."
     )
     frame = pd.concat([_rows(record) for record in measured], ignore_index=True)
     return [Table("links", caption, frame.reindex(columns=columns), measured)]
@@ -71,36 +66,30 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Speedup and transfer time by percentage, a line a link."""
-    found = tables(records)
-    if not found:
-        return {}
-    (table,) = found
+    return {table.name: _lines(table) for table in tables(records)}
+
+
+def _lines(table: Table) -> Figure:
+    figure = canvas(9.0, 4.8)
+    figure.get_layout_engine().set(wspace=0.06)
+    left, right = figure.subplots(1, 2)
     links = table.frame.groupby("link", sort=False)
-    with style():
-        figure = canvas(9.0, 4.8)
-        figure.get_layout_engine().set(wspace=0.06)
-        left, right = figure.subplots(1, 2)
-        for (link, rows), colour, marker in zip(links, sns.color_palette("viridis", len(links)), MARKERS, strict=False):
-            look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "label": link}
-            left.plot(rows["percent"], rows["speedup"], **look)
-            left.plot(rows["percent"], rows["formula_speedup"], color=colour, **DASHES)
-            right.plot(rows["percent"], rows["transfer_ms"], **look)
-            right.plot(rows["percent"], rows["transfer_formula_ms"], color=colour, **DASHES)
-        _axes(left, right, number(table.records[0], "model", "blocks"))
-    return {"links": finish(figure, table.caption, table.records)}
-
-
-def _axes(left: Axes, right: Axes, blocks: float) -> None:
+    for (link, rows), colour, marker in zip(links, sns.color_palette("viridis", len(links)), MARKERS, strict=False):
+        look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "label": link}
+        left.plot(rows["percent"], rows["speedup"], **look)
+        left.plot(rows["percent"], rows["formula_speedup"], color=colour, **DASHES)
+        right.plot(rows["percent"], rows["transfer_ms"], **look)
+        right.plot(rows["percent"], rows["transfer_formula_ms"], color=colour, **DASHES)
     for ax in (left, right):
-        axis_of_blocks(ax, blocks)
+        axis_of_blocks(ax, number(table.records[0], "model", "blocks"))
     left.set_ylabel("speedup of the time to first token")
+    left.plot([], [], color="0.3", label="by formula", **DASHES)
+    left.legend(title="emulated link", frameon=False, loc="upper left")
     right.set(ylabel="collectives of a prefill (ms)", yscale="log")
     right.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     right.yaxis.set_major_formatter(plain)
     right.yaxis.set_minor_formatter(NullFormatter())
-    handles, labels = left.get_legend_handles_labels()
-    handles.append(Line2D([], [], color="0.3", **DASHES))
-    left.legend(handles, [*labels, "by formula"], title="emulated link", frameon=False, loc="upper left")
+    return finish(figure, table.caption, table.records)
 
 
 if __name__ == "__main__":

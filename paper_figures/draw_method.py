@@ -6,15 +6,28 @@ from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-from draw import Record, Table, canvas, finish, machine, model_of, newest, number, plain, run, style, value
+from draw import legend, run
 from ledger import classes_in, full_perplexity_of
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from reference import reference
 
-from spd.report import CLASS_COLOURS, CLASS_NAMES, PARTS
-from spd.tables import named, numbers, suffixed, timings
+from spd.report import CLASS_COLOURS, PARTS, canvas, finish, plain
+from spd.tables import (
+    CLASSES,
+    Record,
+    Table,
+    by_subject,
+    column,
+    machine,
+    model_of,
+    named,
+    newest,
+    number,
+    timings,
+    value,
+)
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -28,7 +41,9 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Transfer time of every bench record chosen; shares of classes and the map, where there are several of them."""
-    found = {f"transfer{suffix}": transfer_figure(mine) for suffix, mine in suffixed(records) if newest(mine, "bench")}
+    found = {
+        f"transfer{suffix}": transfer_figure(mine) for suffix, mine in by_subject(records) if newest(mine, "bench")
+    }
     measured = newest_settings(records)
     if len(measured) > 1:
         found |= {"classes": classes_figure(measured), "sensitivity-map": map_figure(measured)}
@@ -45,10 +60,10 @@ def newest_settings(records: Sequence[Record]) -> dict[tuple[str, str, int], Rec
     return dict(sorted(found.items()))
 
 
-def _shares(record: Record) -> dict[str, float]:
+def _shares(record: Record) -> pd.Series:
     """Percentage of the blocks in each class."""
-    classes = classes_in(record)
-    return {name: 100 * classes.count(name) / len(classes) for name in CLASS_NAMES}
+    blocks = classes_in(record)
+    return 100 * blocks / blocks.sum()
 
 
 def _classes_caption(measured: Mapping[tuple, Record]) -> str:
@@ -65,19 +80,18 @@ def transfer_figure(records: Sequence[Record]) -> Figure:
     record = newest(records, "bench")
     frame = timings(record).set_index("percent")
     claim = next(c for c in reference()["claims"] if c["metric"] == "transfer_reduction_percent")
-    with style():
-        figure = canvas(6.4, 4.4)
-        ax, bottom = figure.subplots(), 0.0 * frame["real_ms"]
-        for key, (label, colour) in list(PARTS.items())[1:]:
-            if frame[key].any():
-                ax.fill_between(frame.index, bottom, bottom + frame[key], label=label, color=colour, linewidth=0)
-            bottom = bottom + frame[key]
-        ax.plot(bottom.index, bottom, "o-", color="0.15", markersize=4, label="transfer time")
-        words = f"the paper: below this ({claim['value']} % less)"
-        ax.plot(claim["percent"], bottom.iloc[0] * (1 - claim["value"] / 100), "v", color="white", label=words,
-                markeredgecolor="0.15", markersize=9, zorder=5)  # fmt: skip
-        ax.set(xlabel="blocks dropped (%)", ylabel="time of all all-reduces (ms)", xlim=(-2, 103), ylim=(0, None))
-        ax.legend(loc="upper right")
+    figure = canvas(6.4, 4.4)
+    ax, bottom = figure.subplots(), 0.0 * frame["real_ms"]
+    for key, (label, colour) in list(PARTS.items())[1:]:
+        if frame[key].any():
+            ax.fill_between(frame.index, bottom, bottom + frame[key], label=label, color=colour, linewidth=0)
+        bottom = bottom + frame[key]
+    ax.plot(bottom.index, bottom, "o-", color="0.15", markersize=4, label="transfer time")
+    words = f"the paper: below this ({claim['value']} % less)"
+    ax.plot(claim["percent"], bottom.iloc[0] * (1 - claim["value"] / 100), "v", color="white", label=words,
+            markeredgecolor="0.15", markersize=9, zorder=5)  # fmt: skip
+    ax.set(xlabel="blocks dropped (%)", ylabel="time of all all-reduces (ms)", xlim=(-2, 103), ylim=(0, None))
+    ax.legend(loc="upper right")
     caption = (
         "Time of the all-reduces of one prefill against the share of blocks that drop their attention sync point, as"
         f" measured: figure 2 of the paper in kind. {named(record)}, tp={record['tp']},"
@@ -97,37 +111,35 @@ def classes_figure(measured: Mapping[tuple[str, str, int], Record]) -> Figure:
     for name, share in reference()["figure6"]["in_sensitive_percent"].items():
         shares.loc[f"{name}: the paper", ["ISB", "other"]] = share, 100 - share
     colours = CLASS_COLOURS | {"other": "0.85"}
-    with style():
-        figure = canvas(6.8, 2.2 + 0.3 * len(shares))
-        ax = figure.subplots()
-        shares.plot.barh(stacked=True, ax=ax, color=colours, width=0.75, legend=False)
-        ax.invert_yaxis()
-        ax.grid(visible=False, axis="y")
-        ax.set(xlabel="share of the blocks (%)", xlim=(0, 100))
-        handles = [Patch(color=colours[c], label=words) for c, words in {**CLASS_NAMES, "other": "SB or ESB"}.items()]
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    figure = canvas(6.8, 2.2 + 0.3 * len(shares))
+    ax = figure.subplots()
+    shares.plot.barh(stacked=True, ax=ax, color=colours, width=0.75, legend=False)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set(xlabel="share of the blocks (%)", xlim=(0, 100))
+    handles = [Patch(color=colours[c], label=words) for c, words in {**CLASSES, "other": "SB or ESB"}.items()]
+    legend(figure, handles, 4)
     return finish(figure, _classes_caption(groups), list(groups.values()))
 
 
 def map_figure(measured: Mapping[tuple[str, str, int], Record]) -> Figure:
     """Sensitivities in nats of `newest_settings`, a row a setting: figure 4 over degrees and texts."""
-    rows = {key: numbers(record, "result", "sensitivity_nats") for key, record in measured.items()}
+    rows = {key: column(record, "sensitivity_nats") for key, record in measured.items()}
     models = list(dict.fromkeys(model for model, *_ in measured))
     positive = [v for row in rows.values() for v in row if v > 0] or [1e-3, 1]
     norm = LogNorm(max(min(positive), 1e-3), max(positive))
     heights = [sum(key[0] == model for key in measured) for model in models]
-    with style():
-        figure = canvas(8.2, 2.0 + 0.27 * sum(heights) + 0.5 * len(models))
-        axes = figure.subplots(len(models), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for ax, model in zip(axes, models, strict=True):
-            frame = pd.DataFrame({f"{text[:26]}, tp={tp}": row for (m, text, tp), row in rows.items() if m == model}).T
-            sns.heatmap(frame.clip(lower=norm.vmin), annot=frame, fmt=".2g", annot_kws={"size": 6}, norm=norm,
-                        cmap="viridis", cbar=False, ax=ax)  # fmt: skip
-            ax.set_title(model, loc="left")
-            ax.tick_params(axis="both", rotation=0)
-        axes[-1].set_xlabel("block")
-        bar = figure.colorbar(axes[0].collections[0], ax=axes, label="sensitivity (nats)", pad=0.02, extend="min")
-        bar.ax.yaxis.set_major_formatter(plain)
+    figure = canvas(8.2, 2.0 + 0.27 * sum(heights) + 0.5 * len(models))
+    axes = figure.subplots(len(models), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for ax, model in zip(axes, models, strict=True):
+        frame = pd.DataFrame({f"{text[:26]}, tp={tp}": row for (m, text, tp), row in rows.items() if m == model}).T
+        sns.heatmap(frame.clip(lower=norm.vmin), annot=frame, fmt=".2g", annot_kws={"size": 6}, norm=norm,
+                    cmap="viridis", cbar=False, ax=ax)  # fmt: skip
+        ax.set_title(model, loc="left")
+        ax.tick_params(axis="both", rotation=0)
+    axes[-1].set_xlabel("block")
+    bar = figure.colorbar(axes[0].collections[0], ax=axes, label="sensitivity (nats)", pad=0.02, extend="min")
+    bar.ax.yaxis.set_major_formatter(plain)
     caption = (
         "Sensitivity of every block in nats, which compare across models, by tensor-parallel degree and calibration"
         " text. See whether rows of one model have the same dark and bright blocks: then a plan made with one text, or"

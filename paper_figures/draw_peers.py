@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 from bench_peers import OVER_GLOO, PEER, SPD
-from draw import COLOURS, Record, Table, canvas, finish, machine, newest, number, run, style, value
+from draw import legend, run
 from matplotlib.figure import Figure
 
-ENGINES = (SPD, OVER_GLOO, PEER)
+from spd.report import COLOURS, canvas, finish
+from spd.tables import Record, Table, machine, newest, number, value
+
 NAMES = {SPD: "spd", OVER_GLOO: "spd, over gloo as transformers"}
 TIMES = {"ttft": "time to first token", "tpot": "time per output token"}
 
@@ -18,7 +20,6 @@ def tables(records: Sequence[Record]) -> list[Table]:
     record = newest(records, "bench-peers")
     if record is None:
         return []
-    rows = [_row(record, i) for i in range(len(value(record, "result", "rows")))]
     batch, prompt, decoded = (number(record, "result", key) for key in ("batch", "prompt_len", "new_tokens"))
     caption = (
         "Time to first token and per output token beside transformers"
@@ -29,7 +30,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
         " ahead; logits_differ: the largest difference of the first token's logits."
         f" {batch} in the batch, {prompt} prompt tokens, {decoded} decoded; {machine(record)}."
     )
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame([_row(record, i) for i in range(len(value(record, "result", "rows")))])
     last = [name for name in ("why_not", "repeats", "logits_differ") if name in frame]
     return [Table("peers", caption, frame[[*frame.columns.drop(last), *last]], [record])]
 
@@ -37,40 +38,36 @@ def tables(records: Sequence[Record]) -> list[Table]:
 def _row(record: Record, i: int) -> dict:
     source = value(record, "result", "rows", i)
     row = {key: source[key] for key in ("shape", "dtype", "tp", "threads", "why_not", "logits_differ") if key in source}
-    row["repeats"] = number(record, "result", "rows", i, "spd", "ttft_ms", "repeats")
+    row["repeats"] = number(record, "result", "rows", i, SPD, "ttft_ms", "repeats")
     for kind in TIMES:
-        for engine in (engine for engine in ENGINES if engine in source):
+        for engine in (engine for engine in (SPD, OVER_GLOO, PEER) if engine in source):
             row[f"{engine}_{kind}_ms"] = number(record, "result", "rows", i, engine, f"{kind}_ms", "median")
             row[f"{engine}_{kind}_iqr"] = number(record, "result", "rows", i, engine, f"{kind}_ms", "spread")
-        for engine, ratios in source.get("ratio", {}).items():
-            row[f"{engine}_{kind}_ratio"] = ratios[kind]
+        row |= {f"{engine}_{kind}_ratio": ratios[kind] for engine, ratios in source.get("ratio", {}).items()}
     return row
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """How many times transformers' times are spd's."""
-    found = tables(records)
-    return {"peers": _ratios(found[0])} if found and "spd_ttft_ratio" in found[0].frame else {}
+    return {table.name: _ratios(table) for table in tables(records) if "spd_ttft_ratio" in table.frame}
 
 
 def _ratios(table: Table) -> Figure:
     frame = table.frame.dropna(subset="spd_ttft_ratio").iloc[::-1].reset_index(drop=True)
-    with style():
-        figure = canvas(9.0, 2.2 + 0.34 * len(frame))
-        axes = figure.subplots(1, 2, sharey=True)
-        for ax, (kind, title) in zip(axes, TIMES.items(), strict=True):
-            for shift, (engine, name), colour in zip((0.19, -0.19), NAMES.items(), COLOURS, strict=False):
-                if f"{engine}_{kind}_ratio" in frame:
-                    ratios = frame[f"{engine}_{kind}_ratio"].dropna()
-                    bars = ax.barh(ratios.index + shift, ratios, height=0.36, color=colour, label=name, linewidth=0)
-                    ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-            ax.axvline(1, color="0.25", linewidth=1)
-            ax.set(title=title, xlabel="transformers / spd (times)")
-            ax.margins(x=0.12)
-            ax.grid(visible=False, axis="y")
-        axes[0].set_yticks(frame.index, frame["shape"] + ", " + frame["dtype"] + ", tp=" + frame["tp"].astype(str))
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    figure = canvas(9.0, 2.2 + 0.34 * len(frame))
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (kind, title) in zip(axes, TIMES.items(), strict=True):
+        for shift, (engine, name), colour in zip((0.19, -0.19), NAMES.items(), COLOURS, strict=False):
+            if f"{engine}_{kind}_ratio" in frame:
+                ratios = frame[f"{engine}_{kind}_ratio"].dropna()
+                bars = ax.barh(ratios.index + shift, ratios, height=0.36, color=colour, label=name, linewidth=0)
+                ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        ax.axvline(1, color="0.25", linewidth=1)
+        ax.set(title=title, xlabel="transformers / spd (times)")
+        ax.margins(x=0.12)
+        ax.grid(visible=False, axis="y")
+    axes[0].set_yticks(frame.index, frame["shape"] + ", " + frame["dtype"] + ", tp=" + frame["tp"].astype(str))
+    legend(figure, axes[0].get_legend_handles_labels()[0], 2)
     return finish(figure, table.caption, table.records)
 
 

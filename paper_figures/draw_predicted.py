@@ -5,12 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from draw import COLOURS, MARKERS, Record, Table, canvas, finish, legend, newest, plain, run, style, value
+from draw import MARKERS, legend, run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+
+from spd.report import COLOURS, canvas, finish, plain
+from spd.tables import Record, Table, newest, value
 
 KINDS = {"stated": ("ring over the stated link", COLOURS[7], ":", "^"),
          "measured": ("NCCL's table", COLOURS[0], "--", "s"),
@@ -50,8 +53,7 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Figures 2 and 7, where dropping pays, where the time goes, and the decode benchmark, of the newest record."""
     chosen = newest(records, "predict-paper")
     makers = {"figure2": _transfer, "figure7": _speedup, "links": _links, "time": _time, "decode": _decode}
-    with style():
-        return {} if chosen is None else {f"predicted-{name}": draw(chosen) for name, draw in makers.items()}
+    return {} if chosen is None else {f"predicted-{name}": draw(chosen) for name, draw in makers.items()}
 
 
 def _frame(record: Record, key: str) -> pd.DataFrame:

@@ -7,26 +7,23 @@ one model at one tp and the claim that asks: (value, record that it is from), or
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
-from draw import Record, Table, machine, main, model_of, newest, number
+from draw import main
 from reference import reference
 
 from spd.planner import blocks_of, classify
 from spd.records import load_records, write_bytes
 from spd.report import markdown
-from spd.tables import by_subject, numbers, sweeps_of, timings
+from spd.tables import CLASSES, Record, Table, column, machine, model_of, newest, number, sweeps_of, timings, value
 
 Finding = tuple[float, Record] | None
-COLUMNS = ("claim", "paper", "ours", "on", "command", "status")
-HELD = {"<": float.__lt__, ">": float.__gt__}
+COLUMNS = ["claim", "paper", "ours", "on", "command", "status"]
+ACCURACY = "average.acc"
 NEEDS = "needs hardware or gated weights"
-PREDICT = "make predict"
 TITLE = """# The paper's claims and this repository
 
 Made by `make ledger` from the records named under each table; nothing is typed in but the paper's side, which is in
@@ -41,8 +38,11 @@ weights**: the command is there, and no record of it.
 """
 
 
-def _measured(records: Sequence[Record]) -> Record | None:
-    """Of sensitivities measured on several texts, those of the text that the model predicts best."""
+# ---------------------------------------------------------------- sensitivity and time
+
+
+def best_text(records: Sequence[Record]) -> Record | None:
+    """Of sensitivities measured on several texts, those of the text that the model predicts best, the newest."""
     measured = [r for r in records if r["command"] == "sensitivity"]
     return min(reversed(measured), key=full_perplexity_of, default=None)
 
@@ -52,39 +52,41 @@ def full_perplexity_of(sensitivity: Record) -> float:
     return number(sensitivity, "result", "perplexity_from", -1)
 
 
-def classes_in(record: Record) -> list[str]:
-    """Class of each block of a sensitivity record at the paper's thresholds."""
+def classes_in(record: Record) -> pd.Series:
+    """The number of blocks of a sensitivity record in each class at the paper's thresholds."""
     thresholds = reference()["figure6"]["thresholds"]
-    return [classify(s, thresholds["tau1"], thresholds["tau2"]) for s in numbers(record, "result", "sensitivity")]
+    classes = [classify(s, thresholds["tau1"], thresholds["tau2"]) for s in column(record, "sensitivity")]
+    return pd.Series({name: classes.count(name) for name in CLASSES})
 
 
 def sensitivity_spread(records: Sequence[Record], claim: Mapping) -> Finding:
-    record = _measured(records)
+    record = best_text(records)
     if record is None:
         return None
-    values = numbers(record, "result", "sensitivity")
-    return max(values) / median(values) if median(values) > 0 else float("inf"), record
+    values = column(record, "sensitivity")
+    return max(values) / np.median(values) if np.median(values) > 0 else float("inf"), record
 
 
 def in_sensitive_percent(records: Sequence[Record], claim: Mapping) -> Finding:
-    record = _measured(records)
+    record = best_text(records)
     if record is None:
         return None
-    classes = classes_in(record)
-    return 100 * classes.count("ISB") / len(classes), record
+    blocks = classes_in(record)
+    return 100 * blocks["ISB"] / blocks.sum(), record
 
 
 def extremely_sensitive(records: Sequence[Record], claim: Mapping) -> Finding:
-    record = _measured(records)
-    return record and (classes_in(record).count("ESB"), record)
+    record = best_text(records)
+    return record and (classes_in(record)["ESB"], record)
 
 
 def transfer_reduction_percent(records: Sequence[Record], claim: Mapping) -> Finding:
     record = newest(records, "bench")
     if record is None:
         return None
-    times = {row["percent"]: row["real_ms"] + row["emulated_ms"] for _, row in timings(record).iterrows()}
-    return (100 * (1 - times[100] / times[0]), record) if {0, 100} <= set(times) and times[0] else None
+    frame = timings(record).set_index("percent")
+    times = frame["real_ms"] + frame["emulated_ms"]
+    return (100 * (1 - times[100] / times[0]), record) if {0, 100} <= set(times.index) and times[0] else None
 
 
 def ttft_speedup_percent(records: Sequence[Record], claim: Mapping) -> Finding:
@@ -99,27 +101,21 @@ def ttft_speedup_percent(records: Sequence[Record], claim: Mapping) -> Finding:
 # ---------------------------------------------------------------- perplexity and accuracy against the percentage
 
 
-PERPLEXITY, ACCURACY, MMLU = ("perplexity",), ("average", "acc"), ("tasks", "mmlu", "acc")  # places in a point
+def _difference(records: Sequence[Record], key: str, high: tuple[str, float], low: tuple[str, float]) -> Finding:
+    """Of a number between two (strategy, percentage), times 100: of accuracies, which are shares, percentage points."""
+    first, second = (_point(records, key, *at) for at in (high, low))
+    return first and second and (100 * (first[0] - second[0]), second[1])
 
 
-def _value(records: Sequence[Record], place: tuple[str, ...], strategy: str, percent: float) -> Finding:
+def _point(records: Sequence[Record], key: str, strategy: str, percent: float) -> Finding:
     """At a percentage of the blocks, rounded as plans are; of the newest sweep that has it."""
     for record in reversed(sweeps_of(records)):
-        blocks = blocks_of(percent, int(number(record, "model", "blocks")))
-        for i, point in enumerate(record["result"]["curve"]):
-            if (point["strategy"], point["blocks"]) == (strategy, blocks) and _has(point, place):
-                return number(record, "result", "curve", i, *place), record
+        blocks = blocks_of(percent, number(record, "model", "blocks"))
+        points = pd.json_normalize(value(record, "result", "curve"))
+        asked = points[(points["strategy"] == strategy) & (points["blocks"] == blocks)]
+        if key in asked and asked[key].notna().any():
+            return asked[key].iloc[0], record
     return None
-
-
-def _has(point: Mapping, place: tuple[str, ...]) -> bool:
-    return not place or (place[0] in point and _has(point[place[0]], place[1:]))
-
-
-def _difference(records: Sequence[Record], place: tuple, high: tuple[str, float], low: tuple[str, float]) -> Finding:
-    """Times 100: of accuracies, which are shares, percentage points."""
-    first, second = (_value(records, place, *at) for at in (high, low))
-    return None if first is None or second is None else (100 * (first[0] - second[0]), second[1])
 
 
 def accuracy_lost(records: Sequence[Record], claim: Mapping) -> Finding:
@@ -128,7 +124,7 @@ def accuracy_lost(records: Sequence[Record], claim: Mapping) -> Finding:
 
 def accuracy_lost_in_sensitive(records: Sequence[Record], claim: Mapping) -> Finding:
     share = in_sensitive_percent(records, claim)
-    return None if not share or not share[0] else accuracy_lost(records, {**claim, "percent": share[0]})
+    return accuracy_lost(records, {**claim, "percent": share[0]}) if share and share[0] else None
 
 
 def accuracy_recovered(records: Sequence[Record], claim: Mapping) -> Finding:
@@ -139,14 +135,14 @@ def accuracy_recovered(records: Sequence[Record], claim: Mapping) -> Finding:
 def rise_recovered_percent(records: Sequence[Record], claim: Mapping) -> Finding:
     """How much of the perplexity's rise with `over` the strategy takes back."""
     at = claim["percent"]
-    rise = _difference(records, PERPLEXITY, (claim["over"], at), ("zs", 0))
-    back = _difference(records, PERPLEXITY, (claim["over"], at), (claim["strategy"], at))
-    return None if not rise or not back or rise[0] <= 0 else (100 * back[0] / rise[0], back[1])
+    rise = _difference(records, "perplexity", (claim["over"], at), ("zs", 0))
+    back = _difference(records, "perplexity", (claim["over"], at), (claim["strategy"], at))
+    return (100 * back[0] / rise[0], back[1]) if rise and back and rise[0] > 0 else None
 
 
 def mmlu_lost(records: Sequence[Record], claim: Mapping) -> Finding:
     """Points at 100 %, where a sweep was asked for the task `mmlu`."""
-    return _difference(records, MMLU, (claim["strategy"], 0), (claim["strategy"], 100))
+    return _difference(records, "tasks.mmlu.acc", (claim["strategy"], 0), (claim["strategy"], 100))
 
 
 # ---------------------------------------------------------------- table 1
@@ -157,10 +153,9 @@ def table1(records: Sequence[Record], claim: Mapping) -> Finding:
 
     Of records that drop the first block's sync alone, as the paper does.
     """
-    found = (r for r in reversed(records) if r["command"] == "table1")
-    record = next((r for r in found if r["plan"].split()[0] == "DF" and r["plan"].split().count("DF") == 1), None)
-    rows = [] if record is None else record["result"][claim["of"]]
-    return next(((row["perplexity"], record) for row in rows if row["design"] == claim["design"]), None)
+    alone = [r for r in records if r["command"] == "table1" and re.fullmatch("DF( FF)*", r["plan"])]
+    rows = alone[-1]["result"][claim["of"]] if alone else []
+    return next(((row["perplexity"], alone[-1]) for row in rows if row["design"] == claim["design"]), None)
 
 
 def table1_ratio(records: Sequence[Record], claim: Mapping) -> Finding:
@@ -188,7 +183,7 @@ MEASURES: dict[str, Callable[[Sequence[Record], Mapping], Finding]] = {
 }
 
 
-# ---------------------------------------------------------------- the ledger
+# ---------------------------------------------------------------- three kinds of evidence, the strongest first
 
 
 class Evidence(NamedTuple):
@@ -200,61 +195,10 @@ class Evidence(NamedTuple):
     records: list[Record]
 
 
-def ledger(records: Sequence[Record]) -> list[Table]:
-    """A table for each of the paper's tables and figures, one row a claim, from `load_records`' records."""
-    weights = [r for r in records if r.get("model") and not r["model"].get("shape_only")]  # random ones say nothing
-    subjects = {(name, tp): mine for (name, _, tp), mine in sorted(by_subject(weights).items())}
-    claims = [*reference()["accuracy_claims"], *reference()["claims"]]
-    claims.sort(key=lambda claim: (claim["where"].startswith("figure"), claim["where"]))
-    found = []
-    for where, same in groupby(claims, key=lambda claim: claim["where"]):
-        made = [_row(claim, subjects, records) for claim in same]
-        used = {record["id"]: record for _, used in made for record in used}
-        rows = [row for row, _ in made]
-        found.append(Table(where, "", pd.DataFrame(rows, columns=COLUMNS), list(used.values())))
-    return found
+Subjects = Mapping[tuple[str, int], Sequence[Record]]  # the records of each model at each tp
 
 
-def write_ledger(records: Iterable[Path | str], out: Path) -> dict:
-    """Write the ledger of record files or folders as Markdown; `claims` counts rows by status. Raises SPDError."""
-    found = ledger(load_records(records))
-    write_bytes(out, markdown(found, TITLE).encode())
-    statuses = sorted(status for table in found for status in table.frame["status"])
-    return {"file": str(out), "claims": {status: len(list(same)) for status, same in groupby(statuses)}}
-
-
-def _row(
-    claim: Mapping, subjects: Mapping[tuple, Sequence[Record]], records: Sequence[Record]
-) -> tuple[dict, list[Record]]:
-    row = {"claim": claim["words"], "paper": _paper(claim), "ours": "", "on": "", "command": ""}
-    measured = _direct(claim, subjects) or _in_kind(claim, subjects)
-    found = [evidence for evidence in (measured, _predicted(claim, records)) if evidence]
-    if not found and "architecture" in claim:
-        return row | {"status": f"{claim['architecture']} is not supported"}, []
-    if not found:
-        return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}, []
-    used = [record for evidence in found for record in evidence.records]
-    row |= {"ours": [e.words for e in found], "on": dict.fromkeys(map(_where, used)),
-            "command": [f"`{e.command}`" for e in found], "status": [e.status for e in found]}  # fmt: skip
-    return {key: value if isinstance(value, str) else "<br>".join(value) for key, value in row.items()}, used
-
-
-def _reproduce(claim: Mapping) -> str:
-    """What measures a claim on the model that it is about."""
-    return f"make reproduce-{(claim.get('model') or claim['models'][-1]).split('-')[-1]}"
-
-
-def _paper(claim: Mapping) -> str:
-    value, relation = claim.get("paper", claim.get("value", "drawn")), claim.get("relation", "")
-    if isinstance(value, dict):
-        return "; ".join(f"{setting}: {relation} {v:g}" for setting, v in value.items())
-    return value if isinstance(value, str) else f"{relation} {value:g}".removeprefix("= ")
-
-
-# ---------------------------------------------------------------- three kinds of evidence, the strongest first
-
-
-def _direct(claim: Mapping, subjects: Mapping[tuple, Sequence[Record]]) -> Evidence | None:
+def _direct(claim: Mapping, subjects: Subjects) -> Evidence | None:
     """On the model that the claim is about."""
     for (name, tp), mine in subjects.items():
         if "measure" in claim and (_shape(name), tp) == (claim["model"], claim["tp"]):
@@ -265,13 +209,13 @@ def _direct(claim: Mapping, subjects: Mapping[tuple, Sequence[Record]]) -> Evide
     return None
 
 
-def _in_kind(claim: Mapping, subjects: Mapping[tuple, Sequence[Record]]) -> Evidence | None:
+def _in_kind(claim: Mapping, subjects: Subjects) -> Evidence | None:
     """The same effect on every other model that has the records."""
-    kind = claim.get("in_kind")
-    if kind is None:
+    if "in_kind" not in claim:
         return None
-    measure = partial(MEASURES[kind["measure"]], claim=claim | kind)
-    found = {key: f for key, mine in subjects.items() if _shape(key[0]) is None for f in [measure(mine)] if f}
+    kind = claim["in_kind"]
+    found = {key: MEASURES[kind["measure"]](mine, claim | kind) for key, mine in subjects.items() if not _shape(key[0])}
+    found = {key: finding for key, finding in found.items() if finding}
     if not found:
         return None
     held = sum(_holds(kind, value) for value, _ in found.values())
@@ -288,20 +232,19 @@ def _predicted(claim: Mapping, records: Sequence[Record]) -> Evidence | None:
     rows = [r for r in (record["result"]["claims"] if record else []) if r["claim"] == claim["words"]]
     if not rows:
         return None
-    words, held = [], []
+    frame, words, held = pd.DataFrame(rows), [], []
     for regime in record["result"]["regimes"]:
-        values = [row[regime] for row in rows]
-        ends = sorted({f"{v:.3g}" for v in (min(values), max(values))}, key=float)
+        ends = sorted({f"{v:.3g}" for v in (frame[regime].min(), frame[regime].max())}, key=float)
         words.append(f"{regime}: {'–'.join(ends)}")
-        held.append(sum(row[f"{regime}: holds"] for row in rows))
-    status = f"predicted: holds for {'/'.join(map(str, held))} of {len(rows)}"
-    return Evidence(f"predicted, {'; '.join(words)}", status, PREDICT, [record])
+        held.append(str(frame[f"{regime}: holds"].sum()))
+    status = f"predicted: holds for {'/'.join(held)} of {len(frame)}"
+    return Evidence(f"predicted, {'; '.join(words)}", status, "make predict", [record])
 
 
 def _holds(claim: Mapping, value: float) -> bool:
     if claim["relation"] == "=":
         return abs(value - claim["value"]) <= claim["tolerance"]
-    return HELD[claim["relation"]](float(value), float(claim["value"]))
+    return value < claim["value"] if claim["relation"] == "<" else value > claim["value"]
 
 
 def _shape(name: str) -> str | None:
@@ -310,10 +253,64 @@ def _shape(name: str) -> str | None:
     return f"llama2-{match[1]}b" if match else None
 
 
+def _reproduce(claim: Mapping) -> str:
+    """What measures a claim on the model that it is about."""
+    return f"make reproduce-{(claim.get('model') or claim['models'][-1]).split('-')[-1]}"
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def ledger(records: Sequence[Record]) -> list[Table]:
+    """A table for each of the paper's tables and figures, one row a claim, from `load_records`' records."""
+    subjects: dict[tuple[str, int], list[Record]] = {}
+    for r in records:
+        if r.get("tp") and r.get("model") and not r["model"].get("shape_only"):  # random weights say nothing
+            subjects.setdefault((model_of(r), r["tp"]), []).append(r)
+    subjects = dict(sorted(subjects.items()))
+    claims = [*reference()["accuracy_claims"], *reference()["claims"]]
+    claims.sort(key=lambda claim: (claim["where"].startswith("figure"), claim["where"]))
+    rows = pd.DataFrame([_row(claim, subjects, records) for claim in claims])
+    found = []
+    for where, mine in rows.groupby("where", sort=False):
+        used = {record["id"]: record for row in mine["records"] for record in row}
+        found.append(Table(where, "", mine[COLUMNS], list(used.values())))
+    return found
+
+
+def _row(claim: Mapping, subjects: Subjects, records: Sequence[Record]) -> dict:
+    measured = _direct(claim, subjects) or _in_kind(claim, subjects)
+    found = [evidence for evidence in (measured, _predicted(claim, records)) if evidence]
+    used = [record for evidence in found for record in evidence.records]
+    row = {"where": claim["where"], "claim": claim["words"], "paper": _paper(claim), "records": used}
+    row |= {"ours": "<br>".join(e.words for e in found), "on": "<br>".join(dict.fromkeys(map(_where, used)))}
+    if found:
+        words = {"command": [f"`{e.command}`" for e in found], "status": [e.status for e in found]}
+        return row | {key: "<br>".join(each) for key, each in words.items()}
+    if "architecture" in claim:
+        return row | {"command": "", "status": f"{claim['architecture']} is not supported"}
+    return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}
+
+
+def _paper(claim: Mapping) -> str:
+    stated, relation = claim.get("paper", claim.get("value", "drawn")), claim.get("relation", "")
+    if isinstance(stated, dict):
+        return "; ".join(f"{setting}: {relation} {v:g}" for setting, v in stated.items())
+    return stated if isinstance(stated, str) else f"{relation} {stated:g}".removeprefix("= ")
+
+
 def _where(record: Record) -> str:
     if record["command"] == "predict-paper":
         return f"LLaMA2 on {record['result']['gpu'].upper()}, predicted"
     return f"{model_of(record)}; {machine(record)}"
+
+
+def write_ledger(records: Iterable[Path | str], out: Path) -> dict:
+    """Write the ledger of record files or folders as Markdown; `claims` counts rows by status. Raises SPDError."""
+    found = ledger(load_records(records))
+    write_bytes(out, markdown(found, TITLE).encode())
+    counted = pd.concat([table.frame["status"] for table in found]).value_counts().sort_index()
+    return {"file": str(out), "claims": counted.to_dict()}
 
 
 if __name__ == "__main__":

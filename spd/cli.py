@@ -336,12 +336,11 @@ def profile(session: Session) -> None:
 @command(option("drawn", "Record files, or folders of them.", Path, nargs="+", metavar="RECORDS"), result_in=None)
 def report(session: Session) -> None:
     """Tables and figures from records, in the folder --out (default: figures); the tables are also shown on stderr."""
-    from spd.report import print_tables
     from spd.report import report as draw
 
-    o = session.options
-    result = draw(o.drawn, o.out or Path("figures"))
-    print_tables(o.drawn)
+    out = session.options.out or Path("figures")
+    result = draw(session.options.drawn, out)
+    print((out / "tables.md").read_text(), file=sys.stderr)
     session.publish(result, files=[Path(file) for file in result["files"]])
 
 

@@ -1,15 +1,11 @@
 """Records to figures and tables: sensitivity, perplexity, accuracy on tasks, time to first token, and all on one sheet.
 
-Everything drawn or tabled is read from records; a number that is missing is an error, never 0. The same records give
-the same bytes, and every file names its records and their commits. For notebooks: `sensitivity_figure`,
-`perplexity_figure`, `accuracy_figure`, `ttft_figure` and `overview_figure` each take `load_records`' records of one
-model and return a matplotlib Figure (with its caption below), the `..._table` functions a `Table` with a DataFrame.
+The same records give the same bytes, and every file names its records and their commits. Each `..._figure` takes
+`load_records`' records of one model and returns a matplotlib Figure with its caption below (`spd.tables` its numbers).
 """
 
 import io
 import math
-import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -27,43 +23,86 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from spd.errors import SPDError
 from spd.records import load_records, write_bytes
 from spd.tables import (
+    CLASSES,
     Record,
     Table,
     asked_words,
+    by_subject,
     curve_of,
     data_words,
+    link_words,
     machine,
     newest,
     number,
     perplexity_table,
     provenance,
-    scores,
     sensitivity_table,
-    setting_words,
     subject,
-    suffixed,
+    sweep_scores,
     sweeps_of,
     tables,
+    timing_words,
     ttft_table,
 )
 
 BLUE, ORANGE, GREEN, RED, PURPLE, *_ = COLOURS = sns.color_palette("colorblind")
 STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), "font.sans-serif": ["DejaVu Sans"]}
 CLASS_COLOURS = {"ISB": BLUE, "SB": ORANGE, "ESB": PURPLE}
-TAUS = {"τ₁": "tau1", "τ₂": "tau2"}
-CLASS_NAMES = {"ISB": "ISB (in-sensitive)", "SB": "SB (sensitive)", "ESB": "ESB (extremely sensitive)"}
 STRATEGIES = {"zs": "ZS: zero-shot", "b2b": "ZS + B2B distillation", "b2b+hg": "ZS + B2B + head grouping",
               "closed-form": "closed form", "best": "best recipe"}  # fmt: skip
 PARTS = {"compute_ms": ("computation", BLUE), "real_ms": ("real collectives", ORANGE),
          "emulated_ms": ("emulated link", "0.72")}  # fmt: skip
 LOG_FROM = 8  # a span of perplexities wider than this factor is drawn on a logarithmic axis
+TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
 plain = FuncFormatter(lambda value, _: f"{value:.4g}".replace("-", "−"))  # a tick's label
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- files
 
 
-def finish(figure: Figure, caption: str, records: Sequence[Record] = (), size: float = 8) -> Figure:
+def report(records: Iterable[Path | str], out: Path | str) -> dict:
+    """Write the figures (PNG) and tables (CSV, `tables.md`) of record files or folders into `out`.
+
+    The newest record of each kind, model and tp counts; of several models or degrees each gets its own files. Returns
+    `{"files": [paths written]}`.
+    """
+    return write(records, out, tables, figures)
+
+
+def write(records: Iterable[Path | str], out: Path | str, tables: Callable, figures: Callable) -> dict:
+    """What `tables` and `figures` make of record files or folders, all made before the first file is written."""
+    out, loaded = Path(out), load_records(records)
+    with rc_context(STYLE):
+        found, drawn = tables(loaded), figures(loaded)
+        if not found and not drawn:
+            raise SPDError(f"None of the {len(loaded)} records is of a kind drawn here: there is nothing to report.")
+        content = {out / f"{name}.png": png(figure) for name, figure in drawn.items()}
+    content |= {out / f"{t.name}.csv": t.frame.to_csv(index=False, lineterminator="\n").encode() for t in found}
+    content[out / "tables.md"] = markdown(found).encode()
+    for path, data in content.items():
+        write_bytes(path, data)
+    return {"files": [str(path) for path in content]}
+
+
+def markdown(found: Sequence[Table], title: str = TITLE) -> str:
+    """Tables under their names, captions and sources."""
+    parts = [title]
+    for table in found:
+        caption = f"{table.caption}\n\n" if table.caption else ""
+        source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
+        parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
+    return "\n".join(parts)
+
+
+def png(figure: Figure) -> bytes:
+    """The same bytes for the same records, which they name."""
+    metadata = {"Description": figure.caption, "Source": provenance(figure.records), "Software": "spd"}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, metadata=metadata)
+    return buffer.getvalue()
+
+
+def finish(figure: Figure, caption: str, records: Sequence[Record], size: float = 8) -> Figure:
     """The figure with its caption below, wrapped to its width, and the records that `png` names."""
     figure.caption, figure.records = caption, records
     width = int(figure.get_size_inches()[0] * 72 / (size * 0.54))
@@ -72,26 +111,43 @@ def finish(figure: Figure, caption: str, records: Sequence[Record] = (), size: f
     return figure
 
 
-def png(figure: Figure, dpi: int = 200) -> bytes:
-    """The same bytes for the same records, which they name."""
-    metadata = {"Description": figure.caption, "Source": provenance(figure.records), "Software": "spd"}
-    buffer = io.BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=dpi, metadata=metadata)
-    return buffer.getvalue()
+# ---------------------------------------------------------------- figures
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figures(records: Sequence[Record]) -> dict[str, Figure]:
+    """Of `load_records`' records every figure by its name."""
+    found = {}
+    for end, mine in by_subject(records):
+        for command, (name, draw) in FIGURES.items():
+            if newest(mine, command):
+                found[name + end] = draw(mine)
+        for sweep in sweeps_of(mine, tasks=True)[-1:]:
+            known = [row["task"] for row in sweep_scores(sweep, 0)]
+            named = {"average": "accuracy", "mmlu": "accuracy-mmlu"}
+            found |= {named[of] + end: accuracy_figure(mine, of) for of in named if of in known}
+    for end, mine in by_subject(records, by=["model"]):
+        accuracy = newest(mine, "sensitivity") or newest(mine, "sweep")
+        mine = [r for r in mine if r["command"] == "bench" or not accuracy or r["tp"] == accuracy["tp"]]
+        if sum(newest(mine, command) is not None for command in FIGURES) > 1:
+            found["overview" + end] = overview_figure(mine)
+    return found
 
 
 def sensitivity_figure(records: Sequence[Record]) -> Figure:
     """The paper's figure 4: bars a block in perplexity points, and in nats; needs a sensitivity record."""
     table = sensitivity_table(records)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(min(11.0, max(6.4, 3 + 0.13 * len(table.frame))), 5.4), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        taus = {sign: plan["result"][key] for plan in table.records[1:] for sign, key in TAUS.items()}
-        _sensitivity_panel(upper, table, taus=taus)
-        _sensitivity_panel(lower, table, "sensitivity_nats", "nats")
-        upper.set_xlabel("")
-        _class_legend(upper, table.frame, columns=2)
+    figure = canvas(min(11.0, max(6.4, 3 + 0.13 * len(table.frame))), 5.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    taus = {sign: plan["result"][key] for plan in table.records[1:] for sign, key in (("τ₁", "tau1"), ("τ₂", "tau2"))}
+    _sensitivity_panel(upper, table, taus=taus)
+    _sensitivity_panel(lower, table, "sensitivity_nats", "nats")
+    upper.set_xlabel("")
+    _class_legend(upper, table.frame, CLASSES, columns=2)
     return finish(figure, table.caption, table.records)
 
 
@@ -99,10 +155,10 @@ def _sensitivity_panel(ax: Axes, table: Table, column: str = "sensitivity", unit
                        taus: Mapping[str, float] | None = None) -> None:  # fmt: skip
     frame, taus = table.frame, taus or {}
     colours = frame["class"].map(CLASS_COLOURS) if "class" in frame else [BLUE] * len(frame)
-    inside = frame["dropped"] == "yes" if "dropped" in frame else [True] * len(frame)
-    pale = [[0.4 * part + 0.6 for part in colour] for colour in colours]  # unlike transparency it hides the grid
-    drawn = [strong if kept else light for strong, light, kept in zip(colours, pale, inside, strict=True)]
-    ax.bar(frame["block"], frame[column], color=drawn, width=0.8, linewidth=0)
+    if "dropped" in frame:  # outside the budget pale, which unlike transparency hides the grid
+        pale = [[0.4 * part + 0.6 for part in colour] for colour in colours]
+        colours = colours.where(frame["dropped"] == "yes", pale)
+    ax.bar(frame["block"], frame[column], color=colours, width=0.8, linewidth=0)
     sizes = sorted(abs(v) for v in (*frame[column], *taus.values()) if v)
     if sizes and sizes[-1] > 30 * sizes[len(sizes) // 5]:
         small = max(sizes[len(sizes) // 5], sizes[-1] / 1e4)
@@ -118,12 +174,9 @@ def _sensitivity_panel(ax: Axes, table: Table, column: str = "sensitivity", unit
     ax.grid(visible=False, axis="x")
 
 
-def _class_legend(ax: Axes, frame: pd.DataFrame, columns: int) -> None:
-    """In two columns with the classes' whole names."""
+def _class_legend(ax: Axes, frame: pd.DataFrame, words: Mapping[str, str], columns: int) -> None:
     if "class" in frame:
-        names = [name for name in CLASS_COLOURS if name in set(frame["class"])]
-        words = CLASS_NAMES if columns == 2 else dict(zip(names, names, strict=True))
-        handles = [Patch(color=CLASS_COLOURS[name], label=words[name]) for name in names]
+        handles = [Patch(color=CLASS_COLOURS[c], label=words[c]) for c in CLASSES if c in set(frame["class"])]
         handles += [] if all(frame["dropped"] == "yes") else [Patch(color="0.8", label="outside budget")]
         legend_above(ax, columns, handles=handles)
 
@@ -142,10 +195,9 @@ def axis_of_blocks(ax: Axes, blocks: float) -> None:
     top.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _single(table: Table, draw: Callable, width: float = 6.4) -> Figure:
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, 4.4), layout="constrained")
-        draw(figure.subplots(), table)
+def _single(table: Table, draw: Callable[[Axes, Table], None], width: float = 6.4) -> Figure:
+    figure = canvas(width, 4.4)
+    draw(figure.subplots(), table)
     return finish(figure, table.caption, table.records)
 
 
@@ -155,7 +207,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
 
 
 def _perplexity_panel(ax: Axes, table: Table) -> None:
-    frame = table.frame.assign(strategy=table.frame["strategy"].map(lambda name: STRATEGIES.get(name, name)))
+    frame = table.frame.replace({"strategy": STRATEGIES})
     sns.lineplot(frame, x="percent", y="perplexity", hue="strategy", style="strategy", markers=True, dashes=False,
                  ax=ax, palette="colorblind", zorder=3)  # fmt: skip
     full = frame.loc[frame["blocks"] == 0, "perplexity"].iloc[0]
@@ -173,20 +225,22 @@ def _perplexity_panel(ax: Axes, table: Table) -> None:
 def accuracy_figure(records: Sequence[Record], of: str = "average") -> Figure:
     """The upper panels of the paper's figures 7 and 8 (`average`), and figure 9 (`mmlu`); needs sweeps with tasks."""
     sweeps = sweeps_of(records, tasks=True)
-    frame = curve_of(sweeps, lambda record, i: scores(record, "result", "curve", i)[of])
-    first = scores(sweeps[-1], "result", "curve", 0)
-    what = f"mean over {len(first) - 1 - ('mmlu' in first)} tasks of the" if of == "average" else of
-    put = {name: row for name, row in first.items() if (name == of or (of == "average" and name != "mmlu"))}
+    put = {
+        name: task
+        for name, task in sweeps[-1]["result"]["curve"][0]["tasks"].items()
+        if (name == "mmlu") == (of == "mmlu")
+    }
     caption = (
-        f"Accuracy ({what} harness's acc) against the share of blocks that drop their attention sync point; bars:"
-        " standard error of the difference from the model with every sync point kept (dashed) on the same questions;"
-        f" dotted: guessing. {asked_words(put, sweeps[-1])}"
+        f"Accuracy ({f'mean over {len(put)} tasks of the' if of == 'average' else of} harness's acc) against the share"
+        " of blocks that drop their attention sync point; bars: standard error of the difference from the model with"
+        " every sync point kept (dashed) on the same questions; dotted: guessing."
+        f" {asked_words(sweeps[-1], put)}"
     )
-    table = Table("accuracy", caption, frame, sweeps)
-    return _single(table, partial(_accuracy_panel, label=f"{'average accuracy' if of == 'average' else of} (%)"))
+    frame = curve_of(sweeps, sweep_scores).query("task == @of")
+    return _single(Table(of, caption, frame, sweeps), _accuracy_panel)
 
 
-def _accuracy_panel(ax: Axes, table: Table, label: str) -> None:
+def _accuracy_panel(ax: Axes, table: Table) -> None:
     curves = table.frame.groupby("strategy", sort=False)
     for i, (name, points) in enumerate(curves):
         x = points["percent"] + 0.8 * (i - (len(curves) - 1) / 2)  # beside one another, so that all bars are seen
@@ -196,7 +250,7 @@ def _accuracy_panel(ax: Axes, table: Table, label: str) -> None:
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.1f} %")
     ax.axhline(chance, color="0.5", linestyle=":", linewidth=1, label=f"guessing: {chance:.1f} %")
     axis_of_blocks(ax, number(table.records[-1], "model", "blocks"))
-    ax.set(ylabel=label, xlim=(-4, 104))  # room for the outermost markers
+    ax.set(ylabel=f"{table.name.replace('average', 'average accuracy')} (%)", xlim=(-4, 104))  # the markers' room
     ax.legend(loc="best")
 
 
@@ -220,10 +274,7 @@ def _ttft_panel(ax: Axes, table: Table, narrow: bool = False) -> None:
         bound = number(table.records[0], "result", "bounds", name, "ttft_ms", "median")
         ax.axhline(bound, color="0.25", linestyle=style, linewidth=1, label=f"{name.replace('_', ' ')}: {bound:.4g} ms")
     shown = frame.iloc[:: math.ceil(len(frame) / (5 if narrow else 12))]
-    words = [
-        f"{dropped}\n{share:.3g} %" for dropped, share in zip(shown["blocks_dropped"], shown["percent"], strict=True)
-    ]
-    ax.set_xticks(shown.index, words)
+    ax.set_xticks(shown.index, shown["blocks_dropped"].astype(str) + shown["percent"].map("\n{:.3g} %".format))
     ax.set(xlabel="blocks dropped", ylabel="time to first token (ms)")
     ax.grid(visible=False, axis="x")
     if narrow:
@@ -237,16 +288,16 @@ def overview_figure(records: Sequence[Record]) -> Figure:
     """Sensitivity, perplexity and time to first token of one model side by side: those of the three with a record."""
     makers = {"sensitivity": (sensitivity_table, _overview_sensitivity), "sweep": (perplexity_table, _perplexity_panel),
               "bench": (ttft_table, partial(_ttft_panel, narrow=True))}  # fmt: skip
-    panels = {command: make(records) for command, (make, _) in makers.items() if newest(records, command)}
-    with rc_context(STYLE | {"legend.fontsize": 7, "font.size": 8}):
-        figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
+    record = {command: newest(records, command) for command in makers if newest(records, command)}
+    panels = {command: makers[command][0](records) for command in record}
+    with rc_context({"legend.fontsize": 7, "font.size": 8}):
+        figure = canvas(4.6 * len(panels), 4.4)
         figure.get_layout_engine().set(wspace=0.06)
         for ax, (command, table) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             makers[command][1](ax, table)
             if ax.get_legend():
                 ax.get_legend().set_in_layout(False)  # else a wide legend takes the panels' room
-    record = {command: newest(records, command) for command in panels}
-    words = [setting_words(r) if command == "bench" else f"{subject(r)}, {data_words(r)}"
+    words = [f"{timing_words(r)}, {link_words(r)}" if command == "bench" else f"{subject(r)}, {data_words(r)}"
              for command, r in record.items()]  # fmt: skip
     if {"sweep", "bench"} <= set(panels):
         same = set(panels["bench"].frame["blocks_dropped"]) <= set(panels["sweep"].frame["blocks"])
@@ -260,96 +311,8 @@ def overview_figure(records: Sequence[Record]) -> Figure:
 
 def _overview_sensitivity(ax: Axes, table: Table) -> None:
     _sensitivity_panel(ax, table)
-    _class_legend(ax, table.frame, columns=4)
+    _class_legend(ax, table.frame, {name: name for name in CLASSES}, columns=4)
 
 
-def figures(records: Sequence[Record]) -> dict[str, Figure]:
-    """Of `load_records`' records every figure by its name."""
-    found, subjects = {}, suffixed(records)
-    for suffix, mine in subjects:
-        if newest(mine, "sensitivity"):
-            found["sensitivity" + suffix] = sensitivity_figure(mine)
-        if newest(mine, "sweep"):
-            found["perplexity" + suffix] = perplexity_figure(mine)
-        if newest(mine, "bench"):
-            found["ttft" + suffix] = ttft_figure(mine)
-        for sweep in sweeps_of(mine, tasks=True)[-1:]:
-            known = set(scores(sweep, "result", "curve", 0))
-            found |= {f"accuracy{'-mmlu' * (of == 'mmlu')}{suffix}": accuracy_figure(mine, of)
-                      for of in ("average", "mmlu") if of in known}  # fmt: skip
-    for suffix, mine in _of_models(subjects).items():
-        if sum(newest(mine, command) is not None for command in ("sensitivity", "sweep", "bench")) > 1:
-            found["overview" + suffix] = overview_figure(mine)
-    return found
-
-
-def _of_models(subjects: Sequence[tuple[str, list[Record]]]) -> dict[str, list[Record]]:
-    """The records of each model: its timings, else those at the newest sensitivity's or sweep's degree."""
-    found: dict[str, list[Record]] = {}
-    for suffix, mine in subjects:
-        found.setdefault(re.sub(r"-tp\d+$", "", suffix), []).extend(mine)
-    for suffix, mine in found.items():
-        mine.sort(key=lambda r: (r["started"], r["id"]))
-        accuracy = newest(mine, "sensitivity") or newest(mine, "sweep")
-        found[suffix] = [r for r in mine if r["command"] == "bench" or not accuracy or r["tp"] == accuracy["tp"]]
-    return found
-
-
-# ---------------------------------------------------------------- files
-
-
-TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
-
-
-def report(records: Iterable[Path | str], out: Path | str, page: Path | None = None) -> dict:
-    """Write the figures (PNG) and tables (CSV, `tables.md`) of record files or folders into `out`.
-
-    `page` is a text with places marked for some of the tables, which are put in there as well (`embed`). The newest
-    record of each kind, model and tp counts; of several models or degrees each gets its own files. Returns
-    `{"files": [paths written]}`. Everything is drawn before the first file is written.
-    """
-    loaded = load_records(records)
-    found = tables(loaded)
-    if not found:
-        raise SPDError("None of the records is of sensitivity, sweep, bench or tasks: there is nothing to report.")
-    return {"files": write_all(figures(loaded), found, out, page)}
-
-
-def write_all(drawn: Mapping[str, Figure], found: Sequence[Table], out: Path | str, page: Path | None = None) -> list:
-    """Write figures by name and tables; returns the paths."""
-    out = Path(out)
-    content = {out / f"{name}.png": png(figure) for name, figure in drawn.items()}
-    content |= {out / f"{t.name}.csv": t.frame.to_csv(index=False, lineterminator="\n").encode() for t in found}
-    content[out / "tables.md"] = markdown(found).encode()
-    if page is not None:
-        content[Path(page)] = embed(Path(page).read_text(), found).encode()
-    for path, data in content.items():
-        write_bytes(path, data)
-    return [str(path) for path in content]
-
-
-def markdown(found: Sequence[Table], title: str = TITLE) -> str:
-    """Tables under their names, captions and sources."""
-    parts = [title]
-    for table in found:
-        caption = f"{table.caption}\n\n" if table.caption else ""
-        source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
-        parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
-    return "\n".join(parts)
-
-
-def embed(page: str, found: Sequence[Table]) -> str:
-    """`page` with the tables that it marks by `<!-- table NAME -->` and `<!-- end -->` put between the two."""
-    embedded = page
-    for table in found:
-        marked = re.compile(rf"(<!-- table {re.escape(table.name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        embedded, _ = marked.subn(lambda m, t=table: f"{m[1]}\n{t.markdown(t.essential)}\n\n{m[2]}", embedded)
-    if not any(f"<!-- table {table.name} -->" in page for table in found):
-        names = ", ".join(table.name for table in found)
-        raise SPDError(f"The page has no place marked for a table: <!-- table NAME -->, NAME one of {names}.")
-    return embedded
-
-
-def print_tables(records: Iterable[Path | str]) -> None:
-    """The tables of record files as Markdown on standard error."""
-    print(markdown(tables(load_records(records)), title=""), file=sys.stderr)
+FIGURES = {"sensitivity": ("sensitivity", sensitivity_figure), "sweep": ("perplexity", perplexity_figure),
+           "bench": ("ttft", ttft_figure)}  # fmt: skip

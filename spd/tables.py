@@ -5,8 +5,7 @@ A number that is missing in a record is an error, never 0. Each `..._table` take
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ import pandas as pd
 from spd.errors import SPDError
 
 Record = Mapping[str, Any]
-CLASSES = ("ISB", "SB", "ESB")
+CLASSES = {"ISB": "ISB (in-sensitive)", "SB": "SB (sensitive)", "ESB": "ESB (extremely sensitive)"}
+AVERAGED = ("stderr", "difference", "difference_stderr", "lost", "gained", "p")  # what is tabled of an average
 
 
 class Table(NamedTuple):
@@ -26,15 +26,24 @@ class Table(NamedTuple):
     caption: str
     frame: pd.DataFrame
     records: Sequence[Record]
-    essential: Sequence[str] = ()  # the columns for a page of text; none named: all
     form: str = ".5g"  # of numbers that are not whole, for reading
 
-    def markdown(self, columns: Sequence[str] = ()) -> str:
-        """Rounded for reading, with all columns or some."""
-        shown = self.frame[list(columns) or list(self.frame)].astype(object)  # so that whole numbers stay whole
+    def markdown(self) -> str:
+        """Rounded for reading."""
+        shown = self.frame.astype(object)  # so that whole numbers stay whole
         words = [i for i, name in enumerate(shown) if shown[name].map(lambda cell: isinstance(cell, str)).any()]
         shown = shown.where(shown.notna(), None)
         return shown.to_markdown(index=False, floatfmt=self.form, missingval="", disable_numparse=words)
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """Of `load_records`' records a table of each kind, model and degree."""
+    found = []
+    for end, mine in by_subject(records):
+        made = [make(mine) for command, make in MAKERS.items() if newest(mine, command)]
+        made += [accuracy_table(mine)] if sweeps_of(mine, tasks=True) else []
+        found += [table._replace(name=table.name + end) for table in made]
+    return found
 
 
 # ---------------------------------------------------------------- records
@@ -60,25 +69,41 @@ def number(record: Record, *keys: str | int) -> float:
     return found
 
 
-def places(record: Record, *keys: str) -> range:
-    """The indices of a list in a record."""
-    found = value(record, *keys)
+def column(record: Record, key: str, *inner: str) -> list[float]:
+    """Of each item of the list `key` of a result the number at `inner`."""
+    found = value(record, "result", key)
     if not isinstance(found, list) or not found:
-        raise SPDError(f"Record {record['id']} has no list of values as {'.'.join(keys)}.")
-    return range(len(found))
+        raise SPDError(f"Record {record['id']} has no list of values as result.{key}.")
+    return [number(record, "result", key, i, *inner) for i in range(len(found))]
 
 
-def numbers(record: Record, *keys: str) -> list[float]:
-    return [number(record, *keys, i) for i in places(record, *keys)]
-
-
-def newest(records: Sequence[Record], command: str) -> Record | None:
+def newest(records: Iterable[Record], command: str) -> Record | None:
     """Of records, oldest first, the last of a command; of `eval` the last with tasks."""
-    return next((r for r in reversed(records) if r["command"] == command and _useful(r)), None)
+    found = [r for r in records if r["command"] == command and (command != "eval" or "tasks" in r["result"])]
+    return found[-1] if found else None
 
 
-def _useful(record: Record) -> bool:
-    return record["command"] != "eval" or "tasks" in record["result"]
+def by_subject(records: Sequence[Record], by: Sequence[str] = ("model", "tp")) -> list[tuple[str, list[Record]]]:
+    """The records of each model and degree under the end of their files' names: `-MODEL` of several models, `-tpN` of
+    a model with several degrees of one command; with `by=["model"]` of each model."""
+    rows = [
+        (re.sub(r"[^\w.-]+", "-", model_of(r)), str(value(r, "model", "fingerprint")), r["tp"], r["command"], r)
+        for r in records
+        if r.get("model") and r.get("tp")
+    ]
+    found = pd.DataFrame(rows, columns=["model", "weights", "tp", "command", "record"], dtype=object)
+    found.loc[found.groupby("model")["weights"].transform("nunique") > 1, "model"] += "-" + found["weights"].str[:8]
+    tabled = found.loc[[r["command"] in MAKERS and newest([r], r["command"]) is not None for r in found["record"]]]
+    degrees = tabled.groupby(["model", "command"])["tp"].nunique().groupby("model").max()
+    subjects = []
+    for (model, *tp), _ in tabled.groupby(list(by), sort=False):
+        end = f"-{model}" * (len(degrees) > 1) + "".join(f"-tp{n}" for n in tp if degrees[model] > 1)
+        mine = (found["model"] == model) & found["tp"].isin(tp or found["tp"])
+        subjects.append((end, list(found.loc[mine, "record"])))
+    return subjects
+
+
+# ---------------------------------------------------------------- words for captions
 
 
 def model_of(record: Record) -> str:
@@ -110,53 +135,40 @@ def provenance(records: Sequence[Record]) -> str:
 
 
 def data_words(record: Record) -> str:
+    """The text that perplexities are of."""
     text, seq_len = Path(str(value(record, "data", "text"))).name, value(record, "data", "seq_len")
     tokens, windows = number(record, "result", "tokens"), number(record, "result", "windows")
     return f"{tokens:,} predictions in {windows:,} windows of {seq_len} tokens of {text}"
 
 
-def by_subject(records: Sequence[Record]) -> dict[tuple[str, str, int], list[Record]]:
-    """Records of each (model's name, fingerprint, tp), oldest first."""
-    found: dict[tuple[str, str, int], list[Record]] = {}
-    for r in records:
-        if r.get("model") and r.get("tp") and _useful(r):
-            found.setdefault((model_of(r), str(value(r, "model", "fingerprint")), r["tp"]), []).append(r)
-    return found
+def asked_words(record: Record, tasks: Mapping[str, Mapping]) -> str:
+    """Which questions of which tasks were asked of which model."""
+    shots = {name: f", {task['shots']} shots" if task.get("shots") else "" for name, task in tasks.items()}
+    words = [f"{name} {task['n']} ({task['source']}{shots[name]})" for name, task in tasks.items()]
+    return f"Questions: {', '.join(words)}. {subject(record)}; {machine(record)}."
 
 
-def suffixed(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """`by_subject` under the ends of its files' names: `-MODEL` of several models, `-tpN` where degrees meet."""
-    subjects = by_subject(records)
-    commands = {key: {r["command"] for r in mine} & set(MAKERS) for key, mine in subjects.items()}
-    models = {key[:2] for key in subjects if commands[key]}
-    found = []
-    for key in filter(commands.get, subjects):
-        name, print_, tp = key
-        slug = "-" + re.sub(r"[^\w.-]+", "-", name)
-        if [other for other, _ in models].count(name) > 1:
-            slug += "-" + re.sub(r"[^0-9a-zA-Z]", "", print_)[:8]
-        degrees = [other for other in subjects if other[:2] == key[:2] and commands[key] & commands[other]]
-        found.append((slug * (len(models) > 1) + f"-tp{tp}" * (len(degrees) > 1), subjects[key]))
-    return found
+def timing_words(record: Record) -> str:
+    """The setting of a bench record but for its link: model, degree, processes and how they talk, batch, prompt."""
+    tp, world, batch, prompt = (number(record, "result", key) for key in ("tp", "world", "batch", "prompt_len"))
+    through = " (shared memory)" if record["result"].get("transport") == "shared-memory" else ""
+    processes = f"tp={tp} on {world} process{'es' * (world != 1)}{through}"
+    return f"{named(record)}, {processes}, batch {batch}, {prompt} prompt tokens"
 
 
-# ---------------------------------------------------------------- tables
+def link_words(record: Record) -> str:
+    link, nccl = record["result"].get("link"), record["result"].get("nccl") or {}
+    emulated = f"emulated link {link}" if link else "no emulated link"
+    return ", ".join([emulated, *(f"{name}={setting}" for name, setting in nccl.items())])
 
 
-def tables(records: Sequence[Record]) -> list[Table]:
-    """Of `load_records`' records a table of each kind, model and degree."""
-    found = []
-    for suffix, mine in suffixed(records):
-        made = [make(mine) for command, make in MAKERS.items() if newest(mine, command)]
-        made += [accuracy_table(mine)] if sweeps_of(mine, tasks=True) else []
-        found += [table._replace(name=table.name + suffix) for table in made]
-    return found
+# ---------------------------------------------------------------- sensitivity, perplexity
 
 
 def sensitivity_table(records: Sequence[Record]) -> Table:
     """Rise of the perplexity a block, with the classes of the newest plan if it was made of these sensitivities."""
     record, plan = newest(records, "sensitivity"), newest(records, "plan")
-    points, nats = numbers(record, "result", "sensitivity"), numbers(record, "result", "sensitivity_nats")
+    points, nats = column(record, "sensitivity"), column(record, "sensitivity_nats")
     if len(points) != len(nats):
         raise SPDError(f"Record {record['id']} has {len(points)} sensitivities but {len(nats)} in nats.")
     frame = pd.DataFrame({"block": range(len(points)), "sensitivity": points, "sensitivity_nats": nats})
@@ -185,28 +197,28 @@ def sweeps_of(records: Sequence[Record], tasks: bool = False) -> list[Record]:
 
 
 def _questions(record: Record) -> dict[str, tuple]:
-    at = partial(value, record, "result", "curve", 0, "tasks")
-    return {name: (at(name, "n"), at(name, "source")) for name in at()}
+    return {name: (task["n"], task["source"]) for name, task in record["result"]["curve"][0]["tasks"].items()}
 
 
-def curve_of(sweeps: Sequence[Record], read: Callable[[Record, int], dict]) -> pd.DataFrame:
-    """A row a strategy and percentage, of two records the newer's, with what `read(record, its place)` gives."""
-    rows: dict[str, list] = {}
-    for record in sweeps:
-        mine: dict[str, list] = {}
-        for i in places(record, "result", "curve"):
-            at = partial(number, record, "result", "curve", i)
-            name, plan = (value(record, "result", "curve", i, key) for key in ("strategy", "plan"))
-            row = {"strategy": name, "blocks": int(at("blocks")), "percent": at("percent")}
-            mine.setdefault(name, []).append(row | read(record, i) | {"plan": plan})
-        rows |= mine
-    return pd.DataFrame([row for points in rows.values() for row in sorted(points, key=lambda row: row["blocks"])])
+def curve_of(sweeps: Sequence[Record], read: Callable[[Record, int], list[dict]]) -> pd.DataFrame:
+    """The points of sweeps, of each strategy the newest sweep's, fewest blocks first; what `read(record, its place)`
+    gives of a point are its rows."""
+    rows = []
+    for place, record in enumerate(sweeps):
+        for i, percent in enumerate(column(record, "curve", "percent")):
+            strategy, blocks, plan = (value(record, "result", "curve", i, k) for k in ("strategy", "blocks", "plan"))
+            point = {"sweep": place, "strategy": strategy, "blocks": blocks, "percent": percent}
+            rows += [point | row | {"plan": plan} for row in read(record, i)]
+    frame = pd.DataFrame(rows)
+    frame = frame[frame["sweep"] == frame.groupby("strategy")["sweep"].transform("max")]
+    lines = frame.drop(columns="sweep").sort_values("blocks", kind="stable").groupby("strategy", sort=False)
+    return pd.concat([line for _, line in lines], ignore_index=True)
 
 
 def perplexity_table(records: Sequence[Record]) -> Table:
     sweeps = sweeps_of(records)
     record, keys = sweeps[-1], ("perplexity", "nats")
-    frame = curve_of(sweeps, lambda source, i: {key: number(source, "result", "curve", i, key) for key in keys})
+    frame = curve_of(sweeps, lambda sweep, i: [{key: number(sweep, "result", "curve", i, key) for key in keys}])
     full = frame.loc[frame["blocks"] == 0, "perplexity"]
     if full.empty:
         raise SPDError(f"Record {record['id']} has no point with 0 blocks dropped to compare with.")
@@ -218,109 +230,99 @@ def perplexity_table(records: Sequence[Record]) -> Table:
     return Table("perplexity", caption, frame, sweeps)
 
 
-def scores(record: Record, *keys: str | int) -> dict[str, dict]:
-    """Accuracies at `keys` in a record, task by task and, where there is one, the `average`; each in one flat row."""
-    found = {name: _score(record, *keys, "tasks", name) for name in value(record, *keys, "tasks")}
+# ---------------------------------------------------------------- accuracy
+
+
+def scores(record: Record, *keys: str | int) -> list[dict]:
+    """Accuracies at `keys` in a record: a flat row a task and, where there is one, of their `average`."""
+    places = {name: ("tasks", name) for name in value(record, *keys, "tasks")}
     if "average" in value(record, *keys):
-        of = [found[name] for name in value(record, *keys, "average", "tasks")]
-        chance, questions = sum(task["chance"] for task in of) / len(of), sum(task["n"] for task in of)
-        found["average"] = _score(record, *keys, "average") | {"chance": chance, "n": questions}
-    return found
+        places["average"] = ("average",)
+    rows = []
+    for name, place in places.items():
+        found = value(record, *keys, *place)
+        of = [value(record, *keys, "tasks", task) for task in found.get("tasks", [name])]
+        row = {"task": name, "n": sum(task["n"] for task in of), "chance": sum(task["chance"] for task in of) / len(of)}
+        row |= {key: number(record, *keys, *place, key) for key in ("acc", "stderr")}
+        row |= {"acc_norm": found["acc_norm"]} if found.get("acc_norm") is not None else {}
+        for key in ("acc_full", "difference", "stderr", "lost", "gained", "p") if "compared" in found else ():
+            row[key.replace("stderr", "difference_stderr")] = number(record, *keys, *place, "compared", key)
+        rows.append(row)
+    return rows
 
 
-def _score(record: Record, *keys: str | int) -> dict:
-    found = value(record, *keys)
-    row = {key: found[key] for key in ("n", "chance", "shots", "source") if found.get(key) is not None}
-    row |= {key: number(record, *keys, key) for key in ("acc", "stderr")}
-    row |= {} if found.get("acc_norm") is None else {"acc_norm": found["acc_norm"]}
-    if "compared" in found:
-        at = partial(number, record, *keys, "compared")
-        row |= {key: at(key) for key in ("acc_full", "difference")} | {"difference_stderr": at("stderr")}
-        row |= {key: at(key) for key in ("lost", "gained", "p")}
-    return row
-
-
-def asked_words(found: Mapping[str, Mapping], record: Record) -> str:
-    shots = {name: f", {row['shots']} shots" if row.get("shots") else "" for name, row in found.items()}
-    tasks = [f"{name} {found[name]['n']} ({found[name]['source']}{shots[name]})" for name in found if name != "average"]
-    return f"Questions: {', '.join(tasks)}. {subject(record)}; {machine(record)}."
+def sweep_scores(sweep: Record, i: int) -> list[dict]:
+    """`scores` of a point of a sweep."""
+    return scores(sweep, "result", "curve", i)
 
 
 def accuracy_table(records: Sequence[Record]) -> Table:
     """A row a strategy and percentage: accuracy of every task, and of their average what the full model is beside."""
     sweeps = sweeps_of(records, tasks=True)
-
-    def read(record: Record, i: int) -> dict:
-        found = scores(record, "result", "curve", i)
-        average, of_it = found.get("average", {}), ("stderr", "difference", "difference_stderr", "lost", "gained", "p")
-        return {task: score["acc"] for task, score in found.items()} | {k: average[k] for k in of_it if k in average}
-
+    points = curve_of(sweeps, sweep_scores).set_index(["strategy", "blocks", "percent", "plan"])
+    frame = pd.DataFrame({task: of["acc"] for task, of in points.groupby("task", sort=False)})
+    frame = frame.join(points.loc[points["task"] == "average", points.columns.intersection(AVERAGED, sort=False)])
+    frame = frame.reset_index()
     caption = (
         "Accuracy (acc, as the harness defines it) of each task and their average, mmlu apart; stderr: the average's."
         " Against the model with every sync point kept, on the same questions: difference of the averages and its"
         " standard error, answers lost and gained, and McNemar's exact two-sided p of these."
-        f" {asked_words(scores(sweeps[-1], 'result', 'curve', 0), sweeps[-1])}"
+        f" {asked_words(sweeps[-1], sweeps[-1]['result']['curve'][0]['tasks'])}"
     )
-    return Table("accuracy", caption, curve_of(sweeps, read), sweeps)
+    return Table("accuracy", caption, frame[[*frame.columns.drop("plan"), "plan"]], sweeps)
 
 
 def tasks_table(records: Sequence[Record]) -> Table:
     record = newest(records, "eval")
-    found = scores(record, "result")
-    frame = pd.DataFrame([{"task": name, **row} for name, row in found.items()]).drop(columns=["source", "shots"])
     caption = (
         f"Accuracy of plan {record['plan']} task by task. lost, gained: answers flipped against the model with every"
-        f" sync point kept; p: McNemar's exact test of them. {asked_words(found, record)}"
+        f" sync point kept; p: McNemar's exact test of them. {asked_words(record, record['result']['tasks'])}"
     )
-    return Table("tasks", caption, frame, [record])
+    return Table("tasks", caption, pd.DataFrame(scores(record, "result")), [record])
+
+
+# ---------------------------------------------------------------- time to first token
 
 
 def timings(record: Record) -> pd.DataFrame:
-    """A row a plan of a bench record, fewest dropped first: times in ms, reduction 1 - t_p/t_0, speedup t_0/t_p."""
-    rows = sorted((_timing(record, i) for i in places(record, "result", "plans")), key=lambda r: r["blocks_dropped"])
-    if rows[0]["blocks_dropped"]:
-        raise SPDError(f"Record {record['id']} has no plan with 0 blocks dropped to compare with.")
-    full = next((row for row in rows if set(row["plan"].split()) == {"FF"}), rows[0])
-    rows = [full, *(row for row in rows if row is not full)]
-    base, frame = full["ttft_median_ms"], pd.DataFrame(rows)
-    frame = frame.assign(reduction=1 - frame["ttft_median_ms"] / base, speedup=base / frame["ttft_median_ms"])
-    return frame[[*frame.columns.drop("plan"), "plan"]]
-
-
-def _timing(record: Record, i: int) -> dict:
-    at, plan = partial(number, record, "result", "plans", i), value(record, "result", "plans", i)
-    letters, dropped = value(record, "result", "plans", i, "plan"), int(at("blocks_dropped"))
-    row = {"plan": letters, "blocks_dropped": dropped, "percent": 100 * dropped / len(letters.split())}
-    row |= {f"ttft_{key}_ms": at("ttft_ms", key) for key in ("median", "spread", "min")}
-    row["repeats"], points = int(at("ttft_ms", "repeats")), value(record, "result", "plans", i, "collectives")
-    row |= {f"{kind}_ms": sum(at("collectives", p, f"{kind}_ms") for p in points) for kind in ("real", "emulated")}
-    row["compute_ms"] = row["ttft_median_ms"] - row["real_ms"] - row["emulated_ms"]
-    if row["compute_ms"] < 0:
+    """A row a plan of a bench record, all full first, then fewest dropped first: times in ms, reduction 1 - t_p/t_0,
+    speedup t_0/t_p."""
+    dropped, plans = column(record, "plans", "blocks_dropped"), record["result"]["plans"]
+    letters = [value(record, "result", "plans", i, "plan") for i in range(len(plans))]
+    frame = pd.DataFrame({"blocks_dropped": dropped})
+    frame["percent"] = [100 * n / len(plan.split()) for n, plan in zip(dropped, letters, strict=True)]
+    for key in ("median", "spread", "min"):
+        frame[f"ttft_{key}_ms"] = column(record, "plans", "ttft_ms", key)
+    frame["repeats"] = column(record, "plans", "ttft_ms", "repeats")
+    for key in ("real_ms", "emulated_ms"):
+        frame[key] = [_of_all_points(record, i, key) for i in frame.index]
+    frame["compute_ms"] = frame["ttft_median_ms"] - frame["real_ms"] - frame["emulated_ms"]
+    for i in frame.index[frame["compute_ms"] < 0]:
         raise SPDError(f"Record {record['id']}, plan {i}: its communication takes longer than its whole median TTFT.")
-    row |= {key: int(sum(at("collectives", point, key) for point in points)) for key in ("count", "bytes")}
-    decoded = plan.get("tpot_ms") is not None
-    row |= {f"tpot_{key}_ms": at("tpot_ms", key) for key in ("median", "spread") if decoded}
-    row |= {"saved_share": at("saved", "share")} if "saved" in plan else {}
-    if "floor" in plan:
+    for key in ("count", "bytes"):
+        frame[key] = [_of_all_points(record, i, key) for i in frame.index]
+    if plans[0].get("tpot_ms") is not None:
+        for key in ("median", "spread"):
+            frame[f"tpot_{key}_ms"] = column(record, "plans", "tpot_ms", key)
+    if "floor" in plans[0]:
         silent = number(record, "result", "bounds", "no_communication", "ttft_ms", "median")
-        row["formula_ms"] = silent + at("floor", "ttft_communication_ms")
-        for kind in ("ttft", "tpot")[: 1 + decoded]:
-            row[f"{kind}_of_bound"] = at("floor", f"{kind}_ms") / at(f"{kind}_ms", "median")
-    return row
+        frame["formula_ms"] = [silent + ms for ms in column(record, "plans", "floor", "ttft_communication_ms")]
+        for time in ("ttft", "tpot") if "tpot_median_ms" in frame else ("ttft",):
+            frame[f"{time}_of_bound"] = column(record, "plans", "floor", f"{time}_ms") / frame[f"{time}_median_ms"]
+    if any("saved" in plan for plan in plans):
+        frame["saved_share"] = [plan["saved"]["share"] if "saved" in plan else None for plan in plans]
+    if min(dropped):
+        raise SPDError(f"Record {record['id']} has no plan with 0 blocks dropped to compare with.")
+    order = sorted(frame.index, key=lambda i: (set(letters[i]) != set("F "), dropped[i]))
+    base = frame["ttft_median_ms"][order[0]]
+    frame = frame.assign(reduction=1 - frame["ttft_median_ms"] / base, speedup=base / frame["ttft_median_ms"])
+    return frame.assign(plan=letters).loc[order].reset_index(drop=True)
 
 
-def timing_words(record: Record) -> str:
-    """The setting of a bench record but for its link: degree, processes and how they talk, batch, prompt."""
-    tp, world, batch, prompt = (number(record, "result", key) for key in ("tp", "world", "batch", "prompt_len"))
-    through = " (shared memory)" if record["result"].get("transport") == "shared-memory" else ""
-    return f"tp={tp} on {world} process{'es' * (world != 1)}{through}, batch {batch}, {prompt} prompt tokens"
-
-
-def setting_words(record: Record) -> str:
-    link = record["result"].get("link")
-    nccl = "".join(f", {name}={setting}" for name, setting in (record["result"].get("nccl") or {}).items())
-    link = f"emulated link {link}" if link else "no emulated link"
-    return f"{named(record)}, {timing_words(record)}, {link}{nccl}"
+def _of_all_points(record: Record, i: int, key: str) -> float:
+    """Of plan `i` of a bench record the sum over its sync points."""
+    place = ("result", "plans", i, "collectives")
+    return sum(number(record, *place, point, key) for point in value(record, *place))
 
 
 def ttft_table(records: Sequence[Record]) -> Table:
@@ -329,20 +331,21 @@ def ttft_table(records: Sequence[Record]) -> Table:
     repeats = "/".join(map(str, sorted(set(frame["repeats"]))))
     parts = ", real collectives and the emulated link" if frame["emulated_ms"].any() else " and collectives"
     formula = "; diamonds: no communication, measured, plus collectives by formula" if "formula_ms" in frame else ""
-    words = (
+    caption = (
         f"Median time to first token of {repeats} runs (error bar: interquartile range), split into computation{parts}"
-        f"{formula}. {setting_words(record)}; {machine(record)}. reduction = 1 - t_p/t_0, speedup = t_0/t_p."
+        f"{formula}. {timing_words(record)}, {link_words(record)}; {machine(record)}. reduction = 1 - t_p/t_0, speedup"
+        " = t_0/t_p."
     )
     if "saved_share" in frame or "formula_ms" in frame:
         flops, read = (number(record, "result", "rates", key) for key in ("matrix_gflops", "memory_gb_per_s"))
-        sums = number(record, "result", "rates", "all_reduce", "ttft_ms")
-        words += (
+        idle = number(record, "result", "rates", "all_reduce", "ttft_ms")
+        caption += (
             " saved_share = TTFT saved / time of the all-reduces removed, when all are kept; formula_ms = no"
             " communication, measured, + collectives by formula; of_bound = what the machine's rates allow / measured:"
             f" a process multiplies matrices at {flops:.0f} GFLOP/s, reads weights at {read:.1f} GB/s, and an idle"
-            f" all-reduce of the prompt's size takes {sums:.2f} ms, the emulated link aside."
+            f" all-reduce of the prompt's size takes {idle:.2f} ms, the emulated link aside."
         )
-    return Table("ttft", words, frame, [record])
+    return Table("ttft", caption, frame, [record])
 
 
 MAKERS = {"sensitivity": sensitivity_table, "sweep": perplexity_table, "bench": ttft_table, "eval": tasks_table}

@@ -12,7 +12,6 @@ from table1 import BiasBefore, ResidualAfter, block_designs, centre_model
 
 from spd.cli import main
 from spd.distill import identity_of
-from spd.errors import SPDError
 from spd.evaluate import perplexity
 from spd.launch import Runtime, spawn
 from spd.options import COMMANDS
@@ -121,7 +120,6 @@ def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch,
     from draw_ablation import run as draw
 
     from spd.records import load_records
-    from spd.report import embed
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
@@ -134,14 +132,9 @@ def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch,
     subject = "model, text, tp=2, all blocks"
     assert found["ablation"].frame[subject][1] == printed["variants"][1]["perplexity"]
     assert found["table1"].frame["model"][0] == "model, text, tp=2, 1 of 3 blocks"
-    (tmp_path / "PAGE.md").write_text("before\n<!-- table ablation -->\nold\n<!-- end -->\nafter\n")
-    assert draw(tables, figures, "", ["runs", "--out", "figures", "--page", "PAGE.md"]) == 0
+    assert draw(tables, figures, "", ["runs", "--out", "figures"]) == 0
     assert Path("figures/ablation.png").is_file()
-    page = (tmp_path / "PAGE.md").read_text()
-    assert "old" not in page and f"{subject} |" in page and page.endswith("<!-- end -->\nafter\n")
-    assert embed(page, list(found.values())) == page
-    with pytest.raises(SPDError, match="no place marked"):
-        embed("nothing", list(found.values()))
+    assert f"{subject} |" in Path("figures/tables.md").read_text()
 
 
 def run(monkeypatch, *arguments) -> None:

@@ -130,6 +130,7 @@ def test_bench_starts_its_processes_and_report_draws(spd, common, plain, tmp_pat
     names = {Path(file).name for file in report["files"]}
     assert {"overview.png", "sensitivity.png", "perplexity.png", "ttft.png", "tables.md"} <= names
     assert all(Path(file).stat().st_size for file in report["files"])
+    assert "## perplexity" in err  # the tables are shown
 
 
 def test_bench_of_a_shape(spd):

@@ -20,7 +20,7 @@ from spd.launch import Runtime, spawn
 from spd.machines import timed_passes
 from spd.model import Rotary, rotate
 from spd.records import make_record
-from spd.report import tables
+from spd.tables import tables
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY
 
 TINY = ModelConfig(96, 32, 64, 3, 4, 2, 8, 128)

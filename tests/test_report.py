@@ -14,8 +14,8 @@ from PIL import Image
 
 from spd.errors import SPDError
 from spd.records import load_records, make_record, write_record
-from spd.report import print_tables, report, tables
-from spd.tables import sensitivity_table
+from spd.report import report
+from spd.tables import sensitivity_table, tables
 
 BLOCKS = 4
 SENSITIVITY = [12.5, 0.25, -0.5, 0.015625]
@@ -161,9 +161,8 @@ def test_tables_hold_the_records_numbers_exactly(made):
     assert [float(r["compute_ms"]) for r in rows] == [40 - 4 - 16, 35 - 4 - 12, 32 - 4 - 8]
 
 
-def test_tables_are_printed_uncut_on_standard_error(made, capsys):
-    print_tables(made[0])
-    text = capsys.readouterr().err
+def test_tables_are_written_uncut_for_reading(made):
+    text = (made[1] / "tables.md").read_text()
     assert "0.015625" in text and "1.1429" in text and "…" not in text
 
 
@@ -200,6 +199,21 @@ def test_models_and_degrees_get_files_of_their_own(put):
         "sensitivity-synthetic-tp4",
         "sensitivity-other",
     ]
+
+
+def test_other_weights_under_the_same_name_are_another_model(put):
+    put("sensitivity", _sensitivity())
+    other = {"name": "elsewhere/synthetic", "fingerprint": "0123456789", "blocks": BLOCKS}
+    folder = put("sensitivity", _sensitivity(), model=other).parent
+    names = [table.name for table in tables(load_records([folder]))]
+    assert names == ["sensitivity-synthetic-f-synthe", "sensitivity-synthetic-01234567"]
+
+
+def test_records_of_no_model_are_nothing_to_report(put, tmp_path):
+    with pytest.raises(SPDError, match="nothing to report"):
+        report([put("profile", {"name": "machine"}, model=None)], tmp_path / "out")
+    with pytest.raises(SPDError, match="nothing to report"):
+        report([], tmp_path / "out")
 
 
 def test_several_settings_give_classes_and_a_map(put, tmp_path, capsys):
