@@ -3,34 +3,53 @@
     python experiments/budget.py experiments/llama2-70b.yaml --tp 8 --processes 8 --gpu a100     each stage
     python experiments/budget.py                 a record of what repairing LLaMA2 takes (`make budget`)
 
-Rates are the data sheets' peaks times `UTILISATION`; reading weights and answering tasks are not counted. Memory is
-that of a GPU (weights, gradients and optimiser, statistics, activations) and of a node (streams of hidden states, which
-every process keeps for itself). Counts follow the code: repairs are in float32, for the worst class of block.
+Plans, steps and passes are those that the commands go through. Rates are the data sheets' peaks times `UTILISATION`;
+the start of processes is not counted. Memory is that of a GPU (weights, gradients and optimiser, statistics,
+activations) and of a node (streams of hidden states, which every process keeps for itself). Repairs are in float32, for
+the worst class of block.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spd.cli import main
 from spd.closed_form import ClosedForm
-from spd.config import HUB_IDS, SHAPES, ModelConfig
-from spd.distill import Recipe, recipe_named, split
+from spd.config import DTYPES, HUB_IDS, SHAPES, ModelConfig
+from spd.distill import DISTILL, GROUP, Recipe, dropped_blocks, recipe_named, split, total_steps
 from spd.errors import SPDError
+from spd.latency import Prediction
 from spd.least_squares import RIDGES
-from spd.machines import gpu_flops, gpu_memory
-from spd.options import COMMANDS, command, option, read_experiment
-from spd.planner import blocks_of
+from spd.machines import Pass, gpu, gpu_flops, gpu_memory
+from spd.options import COMMANDS, command, option, percentages, read_experiment
+from spd.plan import Plan
+from spd.planner import parse_budget, plans_by_percentage
 from spd.pretrained import resolve
+from spd.sensitivity import block_evaluations
 from spd.session import LONGEST_DEFAULT
-from spd.sweep import BY_PLAN, ZERO_SHOT, parse_strategies
+from spd.sweep import BY_PLAN, Sweep, parse_strategies, sweep_recipes
 
 UTILISATION = 0.5  # of the peak
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+READING = 1e9  # bytes of a checkpoint a second, on a node
 BACKWARD = 3  # forward and backward, in forward passes
 ADAM = 3  # gradient and two moments, in copies of the weights
-EVALUATION_WINDOWS = 200  # where all of a text is asked for: more than WikiText2's test has
+TEXT_WINDOWS = 200  # where all of a text is asked for: more than WikiText2's test has
+DESIGNS, BOUNDS, WARMUP = 6, 3, 3  # perplexities of table 1; of bench, plans always timed and repetitions not counted
+# Questions of a task, and tokens of one with its choices (four characters each, mean of the rows).
+QUESTIONS = {
+    "arc_easy": (2376, 55),
+    "arc_challenge": (1172, 66),
+    "hellaswag": (10042, 195),
+    "lambada_openai": (5153, 81),
+    "piqa": (1838, 63),
+    "sciq": (1000, 137),
+    "winogrande": (1267, 50),
+    "mmlu": (14042, 619),
+    "tiny_last_word": (300, 60),
+    "tiny_continuation": (300, 100),
+}
+SUBJECTS = {"mmlu": 57}  # to each of which a limit applies
 
 
 @dataclass(frozen=True)
@@ -65,151 +84,187 @@ class Job:
 
     @property
     def block_parameters(self) -> int:
-        c = self.config
-        ends = c.hidden_size * (1 + c.vocab_size * (1 if c.tie_embeddings else 2))
-        return (c.parameters() - ends) // c.num_blocks
+        return (self.config.parameters() - self.end_parameters) // self.config.num_blocks
+
+    @property
+    def end_parameters(self) -> int:
+        """Of embedding, last norm and head, which every process holds whole."""
+        return replace(self.config, num_blocks=0).parameters()
 
     @property
     def block_flops(self) -> float:
-        """Of one block's forward pass, a token, over all shards."""
-        c = self.config
-        return 2 * self.block_parameters + 2 * c.num_heads * c.head_dim * self.seq_len
+        """Of one window's forward pass through a block, over all shards."""
+        return self.tp * sum(each.work.flops for each in Pass(self.config, self.tp, tokens=self.seq_len).block())
 
     @property
     def head_flops(self) -> float:
-        """Of the head, a token; every process computes it whole."""
-        return 2 * self.config.vocab_size * self.config.hidden_size * self.processes
+        """Of one window's logits; every process computes them whole."""
+        return 2 * self.config.vocab_size * self.config.hidden_size * self.seq_len * self.processes
+
+    @property
+    def flops(self) -> float:
+        """Of one window's forward pass, logits included."""
+        return self.config.num_blocks * self.block_flops + self.head_flops
 
     def seconds(self, flops: float, dtype: str = "float32") -> float:
         return flops / (self.processes * UTILISATION * gpu_flops(self.gpu, dtype))
 
-    def weights(self, size: int) -> float:
-        """Bytes on each GPU: its shards, and embedding and head whole."""
-        c = self.config
-        inside = c.num_blocks * self.block_parameters
-        return size * (inside / self.processes + c.parameters() - inside)
+    def weights(self, dtype: str = "float32") -> float:
+        """Bytes on each GPU: its shards, and the ends whole."""
+        inside = self.config.num_blocks * self.block_parameters
+        return DTYPES[dtype].itemsize * (inside / self.processes + self.end_parameters)
 
-    def resident(self, size: int) -> float:
-        """Weights and what scoring a window needs: its logits, with their logarithms and exponents in float32."""
-        return self.weights(size) + self.seq_len * self.config.vocab_size * (size + 8) + self.block_activations(size)
-
-    def block_activations(self, size: int) -> float:
-        """What one window leaves for a block's backward pass, on each GPU."""
+    def block_activations(self, dtype: str = "float32") -> float:
+        """Bytes that one window leaves for a block's backward pass, on each GPU."""
         c, k = self.config, self.tp / self.processes
-        return size * self.seq_len * (k * (4 * c.hidden_size + 5 * c.intermediate_size / self.tp) + 4 * c.hidden_size)
+        widths = k * (4 * c.hidden_size + 5 * c.intermediate_size / self.tp) + 4 * c.hidden_size
+        return DTYPES[dtype].itemsize * self.seq_len * widths
+
+    def passes(self, flops: float, dtype: str = "float32") -> Budget:
+        """So many FLOPs of forward passes; logits stand there with their logarithms and exponents in float32."""
+        logits = self.seq_len * self.config.vocab_size * (DTYPES[dtype].itemsize + 8)
+        return Budget(self.seconds(flops, dtype), self.weights(dtype) + logits + self.block_activations(dtype))
+
+    def load(self) -> Budget:
+        """The model read from 16-bit files; each process reads its part."""
+        return Budget(2 * self.config.parameters() * self.per_node / self.processes / READING)
 
 
-def evaluation(job: Job, windows: int, dtype: str) -> Budget:
-    """Perplexity of some windows."""
-    flops = windows * job.seq_len * (job.config.num_blocks * job.block_flops + job.head_flops)
-    return Budget(job.seconds(flops, dtype), job.resident(SIZES[dtype]))
+# ---------------------------------------------------------------- repairs
 
 
-def sensitivity(job: Job, windows: int, dtype: str) -> Budget:
-    """L + 1 perplexities, the blocks before the first that drops shared."""
-    blocks = job.config.num_blocks
-    flops = (blocks * (blocks + 3) / 2 * job.block_flops + (blocks + 1) * job.head_flops) * windows * job.seq_len
-    return Budget(job.seconds(flops, dtype), job.resident(SIZES[dtype]))
+def document_of(job: Job, blocks: int) -> dict:
+    """A plan that drops so many blocks, whose classes are not known: each gets all that a recipe does."""
+    return {"policies": Plan.dropping(job.config.num_blocks, range(blocks)).policies()}
 
 
-def repair(job: Job, windows: int, blocks: int, options: Recipe) -> Budget:
-    """`distill`: `blocks` of the model repaired."""
-    trained = split(windows)
-    windows, learnt = windows + options.generated, trained + options.generated
-    streams = 2 * windows * job.seq_len * job.config.hidden_size * 4
-    kept = 4 * job.block_parameters
-    each = (_closed_form(job, trained) if options.closed_form else Budget()).then(
-        _distilled(job, windows, learnt, options)
-    )
-    passes = evaluation(job, 3 * (windows - trained), "float32")
-    moving = Budget(job.seconds(2 * windows * job.seq_len * job.config.num_blocks * job.block_flops))
-    memory = Budget(0, job.weights(4) + each.device_bytes, job.per_node * (streams + kept))
-    together = _jointly(job, windows, learnt, blocks, options)
-    return passes.then(moving).then(memory).then(Budget(each.seconds, disk_bytes=kept), blocks).then(together)
+def repair(job: Job, windows: int, document: dict, recipe: Recipe) -> Budget:
+    """`distill`: the blocks repaired that a plan drops."""
+    c, held_out, dropped = job.config, windows - split(windows), dropped_blocks(document)
+    learnt = split(windows) + recipe.generated
+    kept = 4 * job.block_parameters  # changed weights, and the block as it was
+    streams = 2 * (learnt + held_out) * job.seq_len * c.hidden_size * 4
+    moving = Budget(job.seconds(2 * (learnt + held_out) * c.num_blocks * job.block_flops))
+    found = job.passes(3 * held_out * job.flops).then(moving)
+    for block_class in dropped.values():
+        each = _closed_form(job, split(windows)) if recipe.closed_form else Budget()
+        each = each.then(_distilled(job, learnt, held_out, recipe, block_class))
+        on_device, on_host = job.weights() + each.device_bytes, job.per_node * (streams + kept)
+        found = found.then(Budget(each.seconds, on_device, on_host, kept))
+    if recipe.joint and dropped:
+        steps = total_steps(document, replace(recipe, block=None), windows)
+        passes = BACKWARD * steps + recipe.joint.epochs * held_out
+        memory = ADAM * len(dropped) * kept / job.processes + c.num_blocks * job.block_activations()
+        seconds = job.seconds(passes * (job.flops + job.head_flops))  # towards the original's logits
+        found = found.then(Budget(seconds, job.weights() + memory))
+    return found
 
 
-def _distilled(job: Job, windows: int, trained: int, options: Recipe) -> Budget:
+def _distilled(job: Job, learnt: int, held_out: int, recipe: Recipe, block_class: str | None) -> Budget:
     """A block: gradient steps, its heads grouped before (two passes), losses on the windows held out."""
-    if options.block is None:
-        return Budget()
-    epochs, held_out = options.block.epochs, windows - trained
-    passes = epochs * (BACKWARD * trained + held_out) + 2 * held_out + 2 * trained
-    memory = (1 + ADAM) * 4 * job.block_parameters / job.processes + job.block_activations(4)
-    return Budget(job.seconds(passes * job.seq_len * job.block_flops), memory)
+    actions = recipe.treatment(block_class)
+    passes = 2 * held_out + 2 * learnt * (GROUP in actions)
+    if DISTILL not in actions:
+        return Budget(job.seconds(passes * job.block_flops))
+    passes += BACKWARD * recipe.steps(block_class, learnt) + recipe.block.epochs * held_out
+    memory = (1 + ADAM) * 4 * job.block_parameters / job.processes + job.block_activations()
+    return Budget(job.seconds(passes * job.block_flops), memory)
 
 
-def _jointly(job: Job, windows: int, trained: int, blocks: int, options: Recipe) -> Budget:
-    """All repaired blocks at once, each block's activations kept, towards the original's logits."""
-    if options.joint is None or not blocks:
-        return Budget()
-    c, epochs = job.config, options.joint.epochs
-    a_pass = job.seq_len * (c.num_blocks * job.block_flops + 2 * job.head_flops)
-    memory = ADAM * 4 * blocks * job.block_parameters / job.processes + c.num_blocks * job.block_activations(4)
-    seconds = job.seconds(epochs * (BACKWARD * trained + windows - trained) * a_pass)
-    return Budget(seconds, job.weights(4) + memory)
-
-
-def _closed_form(job: Job, trained: int) -> Budget:
+def _closed_form(job: Job, windows: int) -> Budget:
     """A block: corrections, twice; placement; refits with and without attention, by Gram matrix or in sweeps."""
-    c, limits, tokens = job.config, ClosedForm(), trained * job.seq_len
+    c, limits, tokens = job.config, ClosedForm(), windows * job.seq_len
     d, f, gpus = c.hidden_size, c.intermediate_size, job.processes
-    single = 8 * tokens * job.block_flops  # errors and features
-    single += min(tokens, limits.placement_tokens) * (job.tp + 1) * 4 * d * f
-    parts = [_regression(job, tokens, job.tp, d), _regression(job, tokens, job.tp, d)]
+    found = Budget(job.seconds(8 * windows * job.block_flops))  # errors and features
+    found = found.then(Budget(job.seconds(min(tokens, limits.placement_tokens) * (job.tp + 1) * 4 * d * f)))
+    found = found.then(_regression(job, tokens, job.tp, d), 2)
     for features in (f + d, f):
-        joint = tokens < features or (gpus == 1 and features <= limits.joint_features)
-        parts.append(_regression(job, tokens, 1 if joint else job.tp, features if joint else features / job.tp))
-        if not joint:
-            sweep = tokens * (job.block_flops + 4 * features * d) + 4 * features * features / job.tp * d
-            parts.append(Budget(job.seconds(limits.sweeps * sweep)))
-    solving = sum((part.seconds for part in parts), job.seconds(single))
+        if gpus == 1 and features <= limits.joint_features:
+            found = found.then(_regression(job, tokens, 1, features))
+        else:
+            a_sweep = windows * job.block_flops + tokens * 4 * features * d + 4 * features * features / job.tp * d
+            found = found.then(_regression(job, tokens, job.tp, features / job.tp))
+            found = found.then(Budget(job.seconds(a_sweep)), limits.sweeps)
     copies = 2 * 4 * job.block_parameters / gpus + tokens * c.num_heads * c.head_dim * 4 / gpus
-    return Budget(solving, copies + max(part.device_bytes for part in parts))
+    return replace(found, device_bytes=copies + found.device_bytes)
 
 
 def _regression(job: Job, tokens: int, parts: int, features: float) -> Budget:
-    """`parts` regressions onto D targets, their ridges chosen: Gram matrices, or, for few tokens, rows and a kernel."""
-    d, solved, size = job.config.hidden_size, len(RIDGES) + 1, max(1.0, parts / job.processes)
-    if tokens < features:
-        single = parts * tokens * 2 * tokens * (2 * features + solved * d)
-        return Budget(job.seconds(single, "float64"), 8 * size * tokens * (features + d))
+    """`parts` regressions onto D targets from Gram matrices, their ridges chosen."""
+    d, hosted = job.config.hidden_size, max(1.0, parts / job.processes)
     single = parts * tokens * 2 * features * (features + d)
-    double = parts * solved * (features**3 / 3 + 4 * features**2 * d)
-    memory = size * 8 * (4 * features**2 + 3 * features * d)
+    double = parts * (len(RIDGES) + 1) * (features**3 / 3 + 4 * features**2 * d)
+    memory = hosted * 8 * (4 * features**2 + 3 * features * d)
     return Budget(job.seconds(single) + job.seconds(double, "float64"), memory)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def answers(job: Job, options: dict) -> Budget:
+    """All questions of the tasks that are asked for."""
+    tokens = 0
+    for task in filter(None, (options.get("tasks") or "").split(",")):
+        number, each = QUESTIONS[task]
+        tokens += each * min(number, (options.get("limit") or number) * SUBJECTS.get(task, 1))
+    return job.passes(tokens / job.seq_len * job.flops, options["dtype"])
+
+
+def plans_of(job: Job, options: dict) -> dict[int, Plan]:
+    """By number of dropped blocks."""
+    given = options["percentages"]
+    return plans_by_percentage([0.0] * job.config.num_blocks, given and percentages(given))
 
 
 def sweep(job: Job, options: dict) -> Budget:
     """Every strategy at every percentage, with the repairs it needs, which are kept."""
-    blocks = job.config.num_blocks
-    given = options["percentages"]
-    counts = sorted({blocks_of(float(p), blocks) for p in given.split(",")}) if given else range(blocks + 1)
-    point = evaluation(job, min(options["windows"] or EVALUATION_WINDOWS, EVALUATION_WINDOWS), options["dtype"])
-    total = Budget()
-    for strategy in parse_strategies(options["strategies"]):
-        total = total.then(point, len(counts))
-        if strategy in BY_PLAN:
-            for count in filter(None, counts):
-                total = total.then(repair(job, options["calibration"], count, recipe_named(strategy)))
-        elif strategy != ZERO_SHOT:  # one repair serves all plans
-            recipe = recipe_named(strategy, epochs=options["epochs"])
-            total = total.then(repair(job, options["calibration"], blocks, recipe))
+    plans = plans_of(job, options)
+    best = {"joint_epochs": options["joint_epochs"], "generated": options["generated"]}
+    recipes = sweep_recipes({"epochs": options["epochs"]}, best)
+    worst = Sweep([1.0] * job.config.num_blocks, None, recipes, 0.0, 0.0)  # all blocks are extremely sensitive
+    strategies = parse_strategies(options["strategies"])
+    found = (repair for name in strategies for count in plans for repair in worst.repairs(name, count))
+    repairs = {name: (document, recipes[recipe]) for document, recipe, name in found}
+    answered = answers(job, options)
+    point = job.passes(min(options["windows"] or TEXT_WINDOWS, TEXT_WINDOWS) * job.flops, options["dtype"])
+    total = job.load().then(answered).then(point)  # with nothing dropped: once
+    for document, recipe in repairs.values():
+        total = total.then(job.load()).then(repair(job, options["calibration"], document, recipe))
+    for strategy in strategies:
+        total = total.then(point.then(answered), sum(count > 0 for count in plans))
+        total = total.then(job.load(), len(plans) if strategy in BY_PLAN else 1)
     return total
 
 
-def stage_budget(stage: str, job: Job, options: dict) -> Budget:
-    """What a stage with these options takes."""
-    windows, dtype = options.get("windows") or EVALUATION_WINDOWS, options.get("dtype", "float32")
-    if stage == "sweep":
-        return sweep(job, options)
-    if stage == "sensitivity":
-        return sensitivity(job, windows, dtype)
+def bench(job: Job, options: dict) -> Budget:
+    """Every plan and the bounds timed, communication left out; on GPUs of two links, where each has its shard."""
+    on_gpu = options["device"] == "cuda"
+    if on_gpu and job.processes != job.tp:
+        return Budget()
+    plans = plans_of(job, options)
+    lengths = options["batch"], options["prompt_len"], options["new_tokens"]
+    predicted = Prediction(job.config, gpu(job.gpu), lambda payload: 0.0, job.tp, *lengths)
+    once = predicted.time("ttft", 0).total + options["new_tokens"] * predicted.time("tpot", 0).total
+    timed = (len(plans) + BOUNDS) * (options["repeats"] + WARMUP) * once
+    return Budget().then(job.load().then(Budget(timed, job.weights(options["dtype"]))), 2 if on_gpu else 1)
+
+
+def stage_budget(stage: str, job: Job, options: dict, dropped: int) -> Budget:
+    """What a stage with these options takes; `dropped` blocks are in the experiment's plan."""
+    if stage in ("sweep", "bench"):
+        return {"sweep": sweep, "bench": bench}[stage](job, options)
+    windows, dtype = options["windows"] or TEXT_WINDOWS, options.get("dtype", "float32")
     if stage == "distill":
+        changes = {name: options[name] for name in ("epochs", "joint_epochs", "generated")}
         name = options["strategy"] if options["recipe"] == "paper" else options["recipe"]
-        return repair(job, windows, job.config.num_blocks, recipe_named(name, epochs=options["epochs"]))
-    if stage == "bench":
-        return Budget(0.0, job.weights(SIZES[dtype]))
-    return evaluation(job, windows * (6 if stage == "table1" else 1), dtype)  # table 1 is of six models
+        return job.load().then(repair(job, windows, document_of(job, dropped), recipe_named(name, **changes)))
+    if stage == "sensitivity":
+        blocks = job.config.num_blocks
+        flops = block_evaluations(blocks) * job.block_flops + (blocks + 1) * job.head_flops
+    else:
+        flops = job.flops * (DESIGNS if stage == "table1" else 1)
+    found = job.load().then(job.passes(windows * flops, dtype))
+    return found.then(answers(job, options), 1 + options["compare"]) if stage == "eval" else found
 
 
 def stages(experiment: Path, model: str | None, tp: int, processes: int, per_node: int, gpu: str) -> dict[str, Budget]:
@@ -219,12 +274,13 @@ def stages(experiment: Path, model: str | None, tp: int, processes: int, per_nod
     config = shape_of(model)
     if config is None:
         raise SPDError(f"Nothing is estimated: {model} is not here, and its shape is not known.")
-    found = {}
+    dropped, found = parse_budget(sections.get("plan", {}).get("budget", "100%"), config.num_blocks), {}
     for stage in ("sensitivity", *(name for name in sections if name not in ("common", "plan", "sensitivity"))):
         known = {each.name: each.default for each in COMMANDS[stage].options} if stage in COMMANDS else {}
         options = known | sections["common"] | sections.get(stage, {})
         seq_len = options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
-        found[stage] = stage_budget(stage, Job(config, tp, processes, per_node, seq_len, gpu), options)
+        job = Job(config, tp, processes, per_node, seq_len, gpu)
+        found[stage] = stage_budget(stage, job, options, dropped)
     return found
 
 
@@ -239,7 +295,6 @@ def shape_of(model: str) -> ModelConfig | None:
 
 MODELS = ("llama2-7b", "llama2-13b", "llama2-70b")
 TP, WINDOWS, SEQ_LEN = 8, 128, 2048  # the paper's
-RECIPES = ("b2b+hg", "closed-form", "best")
 GIB = 2**30
 
 
@@ -248,13 +303,19 @@ def table(gpu: str = "a100") -> dict:
     rows = []
     for model in MODELS:
         for gpus in (1, TP):
-            for name in RECIPES:
+            for name in ("b2b+hg", "closed-form", "best"):
                 job = Job(SHAPES[model], TP, gpus, gpus, SEQ_LEN, gpu)
-                found = repair(job, WINDOWS, job.config.num_blocks, recipe_named(name))
+                found = repair(job, WINDOWS, document_of(job, job.config.num_blocks), recipe_named(name))
                 fits = found.device_bytes <= gpu_memory(gpu)
                 rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found), "fits": fits})
     setting = {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN}
     return setting | {"rows": rows}
+
+
+@command(option("--gpu", "Named GPU.", default="a100"))
+def budget(session) -> None:
+    """Memory and time of repairing LLaMA2 7B, 13B and 70B, estimated and not measured."""
+    session.publish(table(session.options.gpu))
 
 
 def words(budget: Budget) -> str:
@@ -262,12 +323,6 @@ def words(budget: Budget) -> str:
     places = {"each GPU": budget.device_bytes, "each host": budget.host_bytes, "disk": budget.disk_bytes}
     sizes = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in places.items() if size)
     return f"{hours:3} h {minutes:02} min; {sizes}"
-
-
-@command(option("--gpu", "Named GPU.", default="a100"))
-def budget(session) -> None:
-    """Memory and time of repairing LLaMA2 7B, 13B and 70B, estimated and not measured."""
-    session.publish(table(session.options.gpu))
 
 
 def say_stages() -> None:
@@ -286,7 +341,7 @@ def say_stages() -> None:
     print(f"Estimated, not measured, on {o.processes} {o.gpu} at {UTILISATION:.0%} of their peak:")
     for stage, each in found.items():
         print(f"  {stage:12}{words(each)}")
-    print(f"  {'in all':12}{words(Budget().then(Budget(sum(b.seconds for b in found.values()))))}".rstrip("; "))
+    print(f"  {'in all':12}{words(Budget(sum(each.seconds for each in found.values())))}".rstrip("; "))
 
 
 if __name__ == "__main__":

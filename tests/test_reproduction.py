@@ -4,20 +4,27 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import table1  # noqa: F401  (its section of an experiment is then known)
-from budget import Budget, Job, repair, stages, table
+import torch
+from budget import QUESTIONS, Budget, Job, answers, bench, document_of, repair, stages, table
 from preflight import Needs, missing
 from shape_only import write_shape_only
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import spd.cli  # noqa: F401  (declares the commands)
 from spd.config import SHAPES
 from spd.distill import recipe_named
 from spd.errors import SPDError
+from spd.machines import gpu_row
 from spd.options import COMMANDS, read_experiment
+from spd.pretrained import SPDModel
 from spd.records import load_records
+from spd.tasks import KNOWN
 
 ROOT = Path(__file__).parent.parent
 MAKE = shutil.which("make")
@@ -161,14 +168,43 @@ def test_the_paper_s_numbers():
 
 def test_budgets_count_weights_and_grow_with_the_work():
     job = Job(SHAPES["llama2-7b"], 8, 1, 1, 2048)
-    assert job.weights(4) == pytest.approx(4 * SHAPES["llama2-7b"].parameters())
-    one, all_of_them = (repair(job, 128, blocks, recipe_named("paper")) for blocks in (1, 32))
+    assert job.weights() == pytest.approx(4 * SHAPES["llama2-7b"].parameters())
+    one, all_of_them = (repair(job, 128, document_of(job, n), recipe_named("b2b+hg")) for n in (1, 32))
     assert one.seconds < all_of_them.seconds < 32 * one.seconds
-    assert one.device_bytes == all_of_them.device_bytes > job.weights(4)
+    assert one.device_bytes == all_of_them.device_bytes > job.weights()
     assert all_of_them.disk_bytes == pytest.approx(32 * one.disk_bytes)
     spread = Job(SHAPES["llama2-7b"], 8, 8, 8, 2048)
-    assert repair(spread, 128, 32, recipe_named("paper")).host_bytes == pytest.approx(8 * all_of_them.host_bytes)
+    assert repair(spread, 128, document_of(job, 32), recipe_named("b2b+hg")).host_bytes == pytest.approx(
+        8 * all_of_them.host_bytes
+    )
     assert Budget(1, 2, 3, 4).then(Budget(1, 5, 1, 1), 2) == Budget(3, 5, 3, 6)
+
+
+def test_a_pass_is_counted_as_torch_counts_it():
+    """One token: torch counts attention over all positions, of which a causal kernel reads those before."""
+    model = SPDModel.from_pretrained("spd-tiny", tp=4).transformer
+    job, tokens = Job(model.config, 4, 1, 1, 1), torch.tensor([[5]])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(tokens)
+    assert counted.get_total_flops() == job.flops
+
+
+def test_tasks_loads_and_timings_are_counted_in_hours():
+    job = Job(SHAPES["llama2-70b"], 8, 8, 8, 2048)
+    asked = {"tasks": "piqa,mmlu", "limit": None, "dtype": "bfloat16"}
+    everything, some = answers(job, asked), answers(job, asked | {"limit": 10})
+    tokens = 1838 * 63 + 14042 * 619
+    assert everything.seconds == pytest.approx(job.seconds(tokens * job.flops / 2048, "bfloat16"))
+    assert some.seconds / everything.seconds == pytest.approx((10 * 63 + 570 * 619) / tokens)
+    assert answers(job, asked | {"tasks": None}).seconds == 0
+    options = {"percentages": "0,50,100", "repeats": 7, "batch": 1, "prompt_len": 128, "new_tokens": 16,
+               "dtype": "bfloat16", "device": "cuda"}  # fmt: skip
+    timed = bench(job, options).seconds - 2 * job.load().seconds
+    read = 2 * (3 + 3) * (7 + 3) * 17 * job.weights("bfloat16") / float(gpu_row("a100")["memory_bytes_per_second"])
+    assert read < timed < 2 * read, "a decode step reads the weights once"
+    assert bench(replace(job, processes=4), options) == Budget(), "latency is then left out"
+    assert job.load().seconds == pytest.approx(2 * SHAPES["llama2-70b"].parameters() / 1e9)
+    assert set(QUESTIONS) == set(KNOWN)
 
 
 def test_the_estimate_of_an_experiment_has_each_stage():
@@ -206,8 +242,6 @@ def test_nothing_is_missing_where_all_is_there(complete):
 
 
 def test_all_that_is_missing_is_said_at_once(complete, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     asked = replace(
         complete,
         texts=("nowhere.txt",),
