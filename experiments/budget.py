@@ -84,12 +84,13 @@ class Job:
 
     @property
     def block_parameters(self) -> int:
-        return (self.config.parameters() - self.end_parameters) // self.config.num_blocks
+        """What one block more would add."""
+        return replace(self.config, num_blocks=self.config.num_blocks + 1).parameters() - self.config.parameters()
 
     @property
     def end_parameters(self) -> int:
         """Of embedding, last norm and head, which every process holds whole."""
-        return replace(self.config, num_blocks=0).parameters()
+        return self.config.parameters() - self.config.num_blocks * self.block_parameters
 
     @property
     def block_flops(self) -> float:
