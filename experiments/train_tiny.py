@@ -7,7 +7,6 @@ windows are twice as long. A batch depends on (seed, step) alone, so a resumed r
 import argparse
 import json
 import math
-import os
 import time
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spd.records import write_whole
 from spd.tiny import MODEL_DIR, corpus
 
 VOCAB = 1024
@@ -54,12 +54,6 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS)
 
 
-def write_atomically(path: Path, write) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def prepare(work: Path) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of the training and of the held-out text; tokenizer and fingerprints go to `MODEL_DIR`."""
     train_ids, held_ids = work / "train.npy", work / "held_out.npy"
@@ -71,11 +65,11 @@ def prepare(work: Path) -> tuple[np.ndarray, np.ndarray]:
         packages = {name: metadata.version(name).split("+")[0] for name in corpus.PACKAGES}
         marks = {"train": corpus.fingerprint(train), "held_out": corpus.fingerprint(held_out), "packages": packages}
         corpus.FINGERPRINT_FILE.write_text(json.dumps(marks, indent=2) + "\n")
+        blank = tokenizer(corpus.SEPARATOR, add_special_tokens=False)["input_ids"]
         for path, text in ((train_ids, train), (held_ids, held_out)):
             documents = tokenizer(text.split(corpus.SEPARATOR), add_special_tokens=False)["input_ids"]
-            blank = tokenizer(corpus.SEPARATOR, add_special_tokens=False)["input_ids"]
             ids = np.concatenate([np.array(d + blank, dtype=np.uint16) for d in documents])
-            write_atomically(path, lambda p, ids=ids: np.save(p.open("wb"), ids))
+            write_whole(path, lambda p, ids=ids: np.save(p.open("wb"), ids))
     return np.load(train_ids), np.load(held_ids)
 
 
@@ -149,7 +143,7 @@ def train(steps: int, work: Path, seed: int) -> LlamaForCausalLM:
                 log.write(json.dumps(line) + "\n")
             bar.write(json.dumps(line))
             state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optims], "step": step + 1}
-            write_atomically(latest, lambda p, state=state: torch.save(state, p))
+            write_whole(latest, lambda p, state=state: torch.save(state, p))
     return model
 
 
@@ -164,7 +158,7 @@ def main() -> None:
     weights = {n: p.to(torch.bfloat16).contiguous() for n, p in model.state_dict().items() if n != "lm_head.weight"}
     model.config.dtype = "bfloat16"
     model.config.save_pretrained(MODEL_DIR)
-    write_atomically(MODEL_DIR / "model.safetensors", lambda p: save_file(weights, p, {"format": "pt"}))
+    write_whole(MODEL_DIR / "model.safetensors", lambda p: save_file(weights, p, {"format": "pt"}))
 
 
 if __name__ == "__main__":
