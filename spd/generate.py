@@ -18,6 +18,7 @@ class Sampling:
     top_k: int | None = None  # only the k most probable tokens
     top_p: float | None = None  # only the fewest tokens whose probabilities reach p
     seed: int = 0
+    banned: tuple[int, ...] = ()  # never these tokens
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -30,6 +31,8 @@ class Sampling:
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Next tokens (B,) from logits (B, vocabulary)."""
+    if sampling.banned:
+        logits = logits.index_fill(-1, torch.tensor(sampling.banned, device=logits.device), -torch.inf)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
@@ -93,25 +96,20 @@ def generate(
             valid = torch.cat((valid, torch.ones_like(tokens, dtype=torch.bool)), dim=1)
         if bool(finished.all()):
             break
-    return [
-        prompt + _until(row, config.eos_token_ids)
-        for prompt, row in zip(prompts, torch.cat(new, 1).tolist(), strict=True)
-    ]
+    rows = torch.cat(new, 1).tolist()
+    return [prompt + _until(row, config.eos_token_ids) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
     """The tokens up to and with the first of `ends`."""
-    for i, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: i + 1]
-    return tokens
+    stop = next((i for i, token in enumerate(tokens, start=1) if token in ends), None)
+    return tokens[:stop]
 
 
 PROMPT = 8  # tokens of calibration text that each window goes on from
 AT_ONCE = 64  # windows
 
 
-@torch.no_grad()
 def sample_windows(model: Transformer, tokens: Tensor, count: int, banned: list[int], seed: int) -> Tensor:
     """`count` windows (count, T) that continue random places of the windows (W, T), at temperature 1.
 
@@ -119,21 +117,11 @@ def sample_windows(model: Transformer, tokens: Tensor, count: int, banned: list[
     """
     length = tokens.shape[1]
     prompt = min(PROMPT, length - 1)
-    generator = torch.Generator().manual_seed(seed)
-    flat = tokens.flatten()
+    flat, generator = tokens.flatten(), torch.Generator().manual_seed(seed)
     starts = torch.randint(flat.numel() - prompt, (count,), generator=generator)
     prompts = flat[starts[:, None] + torch.arange(prompt)]
-    written = [_continue(model, some, length, banned, seed + i) for i, some in enumerate(prompts.split(AT_ONCE))]
-    return torch.cat(written) if count else tokens[:0]
-
-
-def _continue(model: Transformer, prompts: Tensor, length: int, banned: list[int], seed: int) -> Tensor:
-    device = model.embedding.weight.device
-    generator, sampling = torch.Generator(device).manual_seed(seed), Sampling(temperature=1.0)
-    cache = model.new_cache(len(prompts), length)
-    pieces = [prompts.to(device)]
-    for _ in range(length - prompts.shape[1]):
-        logits = model(pieces[-1], cache, last_only=True)[:, -1]
-        logits[:, banned] = -torch.inf
-        pieces.append(choose(logits, sampling, generator)[:, None])
-    return torch.cat(pieces, dim=1).cpu()
+    never = (*banned, *model.config.eos_token_ids)
+    written = []
+    for i, some in enumerate(prompts.split(AT_ONCE) if count else ()):
+        written += generate(model, some.tolist(), length - prompt, Sampling(1.0, seed=seed + i, banned=never))
+    return torch.tensor(written, dtype=tokens.dtype).view(count, length)

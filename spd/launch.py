@@ -5,7 +5,6 @@ The only reader of environment variables.
 
 import json
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -40,8 +38,7 @@ class Replicas:
         """The processes of this one's copy; None where that is all of them. A collective: every process must call."""
         if self.count == 1:
             return None
-        starts = range(0, self.count * self.each, self.each)
-        groups = [dist.new_group(list(range(start, start + self.each))) for start in starts]
+        groups = [dist.new_group(range(n * self.each, (n + 1) * self.each)) for n in range(self.count)]
         return groups[self.rank // self.each]
 
     def share(self, items: list, work: Callable[[Any], Any]) -> list:
@@ -49,10 +46,8 @@ class Replicas:
         mine = [work(item) for item in items[self.rank // self.each :: self.count]]
         if self.count == 1:
             return mine
-        found = [None] * (self.count * self.each)
-        dist.all_gather_object(found, mine)
         results = [None] * len(items)
-        for copy, part in enumerate(found[:: self.each]):
+        for copy, part in enumerate(_gather(mine, self.count * self.each)[:: self.each]):
             results[copy :: self.count] = part
         return results
 
@@ -74,10 +69,12 @@ class Runtime:
     def shards(self, tp: int, link: Link | None = None, replicas: Replicas | None = None) -> Shards:
         """Those of this process, where `replicas` copies of the model run (left out: one, on all processes)."""
         replicas = replicas or self.replicas(1)
-        rank, transport = self.rank % replicas.each, ProcessGroup(replicas.new_group())
-        if self.memory is not None and replicas.count == 1:
+        rank, transport = self.rank % replicas.each, None
+        if replicas.each > 1 and self.memory is not None and replicas.count == 1:
             transport = SharedMemory(self.memory, rank, replicas.each)
-        return Shards(tp, rank, replicas.each, transport if replicas.each > 1 else None, link)
+        elif replicas.each > 1:
+            transport = ProcessGroup(replicas.new_group())
+        return Shards(tp, rank, replicas.each, transport, link)
 
     def replicas(self, count: int) -> Replicas:
         """`count` copies of the model, on equal parts of the processes."""
@@ -89,10 +86,14 @@ class Runtime:
 
     def gather(self, thing: object) -> list:
         """What every process has, by rank."""
-        things = [thing] * self.world
-        if self.world > 1:
-            dist.all_gather_object(things, thing)
-        return things
+        return _gather(thing, self.world)
+
+
+def _gather(thing: object, world: int) -> list:
+    things = [thing] * world
+    if world > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def environment_rank() -> int:
@@ -161,11 +162,9 @@ def spawn(processes: int, function: Callable, *arguments, transport: str = PROCE
     mistake that it raises is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        work = (folder, processes, max(1, cores() // processes), transport, function, arguments)
-        context = mp.start_processes(_enter, work, nprocs=processes, join=False, start_method="spawn")
+        work = (folder, processes, transport, function, arguments)
         try:
-            while not context.join():
-                pass
+            mp.start_processes(_enter, work, nprocs=processes, start_method="spawn")
         except mp.ProcessExitedException as error:
             raise SPDError(f"Process {error.error_index} of {processes} ended unexpectedly: {error}.") from error
         except mp.ProcessRaisedException:
@@ -176,13 +175,12 @@ def spawn(processes: int, function: Callable, *arguments, transport: str = PROCE
         return json.loads(Path(folder, "result").read_text())
 
 
-def _enter(rank: int, folder: str, world: int, threads: int, transport: str, function: Callable, arguments) -> None:
-    torch.set_num_threads(threads)
-    if "GLOO_SOCKET_IFNAME" not in os.environ:  # the machine's name need not resolve: stay on the loopback
-        os.environ["GLOO_SOCKET_IFNAME"] = _loopback()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=TIMEOUT
-    )
+def _enter(rank: int, folder: str, world: int, transport: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(max(1, cores() // world))
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # the machine's own name need not resolve
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=TIMEOUT)
     try:
         memory = Path(folder) if transport == SHARED_MEMORY else None
         result = function(Runtime(rank, world, memory=memory), *arguments)
@@ -193,13 +191,6 @@ def _enter(rank: int, folder: str, world: int, threads: int, transport: str, fun
         raise
     finally:
         dist.destroy_process_group()
-
-
-def _loopback() -> str:
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address.startswith("127.") for a in addresses):
-            return name
-    return "lo"
 
 
 def say(message: str) -> None:

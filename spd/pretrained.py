@@ -93,7 +93,8 @@ class SPDModel:
         transformer = build(source.config, shards, DTYPES[dtype], device)
         load_weights(transformer, source)
         loaded = cls(transformer, display_name(model), source.fingerprint(), source.folder)
-        loaded.plan = plan or Plan.full(source.config.num_blocks)
+        if plan is not None:
+            loaded.plan = plan
         return loaded
 
     @classmethod

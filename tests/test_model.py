@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spd import Sampling, SPDModel
 from spd.config import ModelConfig
 from spd.errors import SPDError
-from spd.generate import choose
+from spd.generate import PROMPT, choose, sample_windows
 
 TOLERANCE = 1e-4  # float32 logits of scale 20: sums over shards are taken in another order
 
@@ -124,6 +124,19 @@ def test_sampled_text_depends_on_the_seed_alone(plain):
     model = SPDModel.from_pretrained(plain)
     texts = [model.generate("t5", 20, Sampling(temperature=2.0, seed=seed))[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_sampled_windows_go_on_from_the_text_and_hold_no_banned_token(plain):
+    """Five of six tokens are banned, and the end-of-sequence token with them: no window ends early."""
+    model = SPDModel.from_pretrained(plain).transformer
+    tokens = torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(0))
+    windows = sample_windows(model, tokens, 70, list(range(16)) + list(range(32, 96)), seed=1)
+    assert windows.shape == (70, 20) and windows.dtype == tokens.dtype
+    assert windows[:, PROMPT:].min() >= 16 and windows[:, PROMPT:].max() < 32
+    places = {tuple(place) for place in tokens.flatten().unfold(0, PROMPT, 1).tolist()}
+    assert {tuple(row) for row in windows[:, :PROMPT].tolist()} <= places
+    assert torch.equal(windows, sample_windows(model, tokens, 70, list(range(16)) + list(range(32, 96)), seed=1))
+    assert sample_windows(model, tokens, 0, [], seed=1).shape == (0, 20)
 
 
 def test_generation_stops_at_the_end_token(variants, tmp_path):
