@@ -15,7 +15,7 @@ from itertools import product
 
 from reference import reference
 
-from spd.calibrate import LATENCY, RING_BYTE, Calibration, Observation, errors, fit, worst
+from spd.calibrate import LATENCY, RING_BYTE, Calibration, Observation, errors, fit, of_link, worst
 from spd.cli import main
 from spd.comm import Link
 from spd.config import SHAPES
@@ -58,8 +58,8 @@ def observations() -> list[Observation]:
         moved = syncs * (ring_bytes(prefill.payload, tp) + (NEW - 1) * ring_bytes(decode.payload, tp)) / NEW
         work = (_work(prefill) + _work(decode) * (NEW - 1)) * (1 / NEW)
         label = {"variant": row["variant"], "p2p": row["p2p"], "batch": batch, "tp": tp}
-        collectives = {(LATENCY, link, tp): syncs, (RING_BYTE, link): moved}
-        found.append(Observation(label, work, collectives, batch / float(row["tokens_per_s"])))
+        counts = work._asdict() | {(LATENCY, link, tp): syncs, (RING_BYTE, link): moved}
+        found.append(Observation(label, counts, batch / float(row["tokens_per_s"])))
     return found
 
 
@@ -92,17 +92,21 @@ def _summary(fitted: list[dict], predicted: list[dict]) -> dict:
 
 def describe(calibration: Calibration) -> dict:
     """Fitted costs in the units people know: bandwidths, rates, latencies; None where the fit found the work free."""
-    costs, links = calibration.costs, {}
-    for name in sorted(key[1] for key in calibration.collectives if key[0] == RING_BYTE):
-        latencies, byte = calibration.of_link(name)
+
+    def per_second(cost: float, unit: float) -> float | None:
+        return unit / cost if cost else None
+
+    links = {}
+    for name in sorted(unit[1] for unit in calibration if unit[0] == RING_BYTE):
+        latencies, byte = of_link(calibration, name)
         microseconds = {str(tp): 1e6 * seconds for tp, seconds in latencies.items()}
-        links[name] = {"latency_us": microseconds, "ring_gb_per_s": 1e-9 / byte if byte else None}
-    byte, batched_byte = costs.weight_byte, costs.weight_byte + costs.batched_weight_byte
+        links[name] = {"latency_us": microseconds, "ring_gb_per_s": per_second(byte, 1e-9)}
+    byte = calibration["weight_byte"]
     return {
-        "operator_us": 1e6 * costs.operator,
-        "matrix_tflops": 1e-12 / costs.flop if costs.flop else None,
-        "matrix_vector_tb_per_s": 1e-12 / byte if byte else None,
-        "matrix_matrix_tb_per_s": 1e-12 / batched_byte if batched_byte else None,
+        "operator_us": 1e6 * calibration["operator"],
+        "matrix_tflops": per_second(calibration["flop"], 1e-12),
+        "matrix_vector_tb_per_s": per_second(byte, 1e-12),
+        "matrix_matrix_tb_per_s": per_second(byte + calibration["batched_weight_byte"], 1e-12),
         "links": links,
     }
 
@@ -174,7 +178,7 @@ def fitted_launch(reading: str) -> float:
     whole = saved / g if reading == "reduction" else saved * (1 + g) / g
     if whole < full:
         raise SPDError("The paper's claim is larger than its link alone explains: no launch time fits it.")
-    return (whole - full) / without.passes["ttft"].work().operators
+    return (whole - full) / without.passes["ttft"].work().operator
 
 
 def regimes() -> dict[str, float | None]:

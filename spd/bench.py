@@ -6,12 +6,13 @@ measured beside them, and a fourth is computed: what the rates of the machine, m
 """
 
 import random
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from spd.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from spd.config import named_shape
 from spd.engines import Compiled, Eager, clock, floors, measure
 from spd.errors import SPDError, one_of
 from spd.launch import Runtime, bar, cores, nccl_settings, spawn
-from spd.machines import Pass, check_length, communication, link_all_reduce, timed_passes
+from spd.machines import timed_passes
 from spd.model import Transformer
 from spd.plan import Plan, parse_blocks, read_plan
 from spd.planner import plans_by_percentage, read_sensitivity
@@ -28,14 +29,62 @@ from spd.pretrained import SPDModel, describe, display_name, resolve
 from spd.records import hardware
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, TRANSPORTS, SharedMemory
 
+ASKED = ("batch", "prompt_len", "new_tokens", "link", "dtype", "compile")  # what a result says of the settings
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed over `tp` shards: either `model`, a checkpoint, or `shape`, a name, with random weights."""
+
+    model: str | None = None
+    shape: str | None = None
+    tp: int = 1
+
+    @cached_property
+    def described(self) -> dict:
+        """What a record says of it."""
+        if (self.model is None) == (self.shape is None):
+            raise SPDError("Give either --model (a checkpoint) or --shape (random weights).")
+        if self.shape is not None:
+            config = named_shape(self.shape)
+            config.validate_tp(self.tp)
+            return describe(config, f"{self.shape} (random weights)", f"random-{self.shape}")
+        source = Checkpoint(resolve(self.model))
+        source.config.validate_tp(self.tp)
+        return describe(source.config, display_name(self.model), source.fingerprint(), source.folder)
+
+    def plans(
+        self,
+        files: Sequence[Path] = (),
+        drops: Sequence[str] = (),
+        sensitivity: Path | None = None,
+        percentages: list[float] | None = None,
+    ) -> tuple[str, ...]:
+        """Letters of the plans asked for, duplicates removed; everything full where none is."""
+        blocks, fingerprint = self.described["blocks"], self.described["fingerprint"]
+        if files and self.shape is not None:
+            raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
+        chosen = [read_plan(path, fingerprint, self.tp, blocks).plan for path in files]
+        chosen += [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
+        if sensitivity is not None or percentages is not None:
+            values = [0.0] * blocks  # which blocks they are changes no timing
+            if sensitivity is not None:
+                values = read_sensitivity(sensitivity, fingerprint)["sensitivity"]
+            chosen += plans_by_percentage(values, percentages).values()
+        return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)]))
+
+    def load(self, shards: Shards, dtype: str, device: str, seed: int) -> Transformer:
+        where = {"shards": shards, "dtype": dtype, "device": device}
+        if self.shape is not None:
+            return SPDModel.random(named_shape(self.shape), self.shape, **where, seed=seed).transformer
+        return SPDModel.from_pretrained(self.model, **where).transformer
+
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is timed. Exactly one of `model` (a checkpoint) and `shape` (a name, random weights) is given."""
+    """How it is timed."""
 
     plans: tuple[str, ...]  # letters
-    model: str | None = None
-    shape: str | None = None
     batch: int = 1
     prompt_len: int = 128  # tokens
     new_tokens: int = 16  # decoded after the prompt to time TPOT; 0 leaves it out
@@ -45,7 +94,7 @@ class BenchSettings:
     dtype: str = "float32"
     seed: int = 0
     compile: bool = False  # torch.compile, and CUDA graphs on GPUs
-    share_of: int | None = None  # time one shard of so many alone, and predict its all-reduces
+    alone: bool = False  # time rank 0's shard by itself, and predict its all-reduces
     transport: str | None = None  # of the processes started here; left out: shared memory where it works
 
 
@@ -55,95 +104,75 @@ class Case(NamedTuple):
     plan: Plan
     silent: bool = False
 
+    def take(self, model: Transformer) -> None:
+        model.plan, model.shards.silent = self
 
-@dataclass
-class Sample:
+
+class Sample(NamedTuple):
     """One repetition of a case."""
 
     ttft: float  # seconds
     tpot: float | None
     collectives: dict[str, Collective]  # of the prefill
 
-    @property
-    def communication(self) -> float:
-        """Seconds."""
-        return sum(spent.real_seconds + spent.emulated_seconds for spent in self.collectives.values())
+    def spent(self) -> dict[str, float]:
+        """Seconds of the collectives by sync point, of those that were timed."""
+        timed = {point: one for point, one in self.collectives.items() if one.real_seconds is not None}
+        return {point: one.real_seconds + one.emulated_seconds for point, one in timed.items()}
 
 
-def cases_of(settings: BenchSettings) -> tuple[list[Case], dict[str, Case]]:
-    """The plans asked for, and the bounds that are always beside them."""
-    plans = [Case(Plan.from_letters(letters)) for letters in settings.plans]
-    blocks = len(plans[0].plan)
-    full, dropped = Plan.full(blocks), Plan.dropping(blocks, attention=range(blocks))
-    bounds = {"all_full": Case(full), "all_attention_dropped": Case(dropped), "no_communication": Case(full, True)}
-    return plans, bounds
-
-
-def bench(runtime: Runtime, settings: BenchSettings) -> dict:
+def bench(runtime: Runtime, timed: Timed, settings: BenchSettings) -> dict:
     """Times the plans and the bounds on this process group; every process must call it.
 
     Gives `plans` and `bounds`, each with `ttft_ms`, `tpot_ms`, the prefill's `communication_ms` and, of the repetition
     with the median TTFT, its `collectives` by sync point, the `floor` that the `rates` allow it, and, where it removes
     all-reduces, `saved`: the TTFT it saves beside the time that those all-reduces take when everything is full.
 
-    With `share_of` instead `share`, rank 0's shard timed by itself without communication, and the plans `predicted`:
+    With `alone` instead `share`, rank 0's shard timed by itself without communication, and the plans `predicted`:
     its times, and their all-reduces by the link's formula.
     """
-    alone = settings.share_of is not None
-    if settings.link is not None and runtime.device != "cpu" and not alone:
+    if settings.link is not None and runtime.device != "cpu" and not settings.alone:
         raise SPDError("An emulated link is waited for on the CPU; on GPUs the real link is measured.")
-    model = _model(runtime, settings).transformer
-    check_length(model.config, settings.prompt_len, settings.new_tokens)
-    plans, bounds = cases_of(settings)
-    # A plan that is a bound is timed once.
-    cases = [bounds["no_communication"]] if alone else list(dict.fromkeys([*plans, *bounds.values()]))
-    with bar((settings.repeats + settings.warmup) * len(cases), "timings", shown=runtime.is_main) as progress:
-        samples = dict(zip(cases, _interleaved(model, cases, settings, progress), strict=True))
-    sizes = settings.batch, settings.prompt_len, settings.new_tokens, model.embedding.weight.element_size()
-    passes = timed_passes(model.config, model.shards.tp, *sizes)
-    rates = measure(model, passes)
-    rows = {}
-    for case, taken in samples.items():
-        syncs = 0 if case.silent else case.plan.syncs()
-        floor = {"floor": floors(rates, passes, model.shards.link, syncs)}
-        rows[case] = _row(case, taken) | floor | saved(samples.get(bounds["all_full"], taken), taken)
-    found = {"rates": rates.document()}
-    if alone:
-        (share,) = rows.values()
-        return found | {"share": share, "predicted": [_predicted(share, passes, model.shards.link, c) for c in plans]}
-    named = {name: rows[case] for name, case in bounds.items()}
-    return found | {"plans": [rows[case] for case in plans], "bounds": named}
-
-
-def _model(runtime: Runtime, settings: BenchSettings) -> SPDModel:
     link = Link.parse(settings.link) if settings.link else None
-    shards = runtime.shards(runtime.world, link)
-    if settings.share_of is not None:
-        shards = Shards(settings.share_of, 0, settings.share_of, link=link, silent=True)
-    where = {"shards": shards, "dtype": settings.dtype, "device": runtime.device}
-    if settings.shape is not None:
-        return SPDModel.random(named_shape(settings.shape), settings.shape, **where, seed=settings.seed)
-    return SPDModel.from_pretrained(settings.model, **where)
+    shards = Shards(timed.tp, 0, timed.tp, link=link) if settings.alone else runtime.shards(timed.tp, link)
+    model = timed.load(shards, settings.dtype, runtime.device, settings.seed)
+    sizes = settings.batch, settings.prompt_len, settings.new_tokens, model.embedding.weight.element_size()
+    passes, blocks = timed_passes(model.config, timed.tp, *sizes), model.config.num_blocks
+    plans = [Case(Plan.from_letters(letters)) for letters in settings.plans]
+    full, silent = Case(Plan.full(blocks)), Case(Plan.full(blocks), True)
+    dropped = Case(Plan.dropping(blocks, range(blocks)))
+    bounds = {"all_full": full, "all_attention_dropped": dropped, "no_communication": silent}
+    cases = [silent] if settings.alone else list(dict.fromkeys([*plans, *bounds.values()]))  # each is timed once
+    with bar((settings.repeats + settings.warmup) * len(cases), "timings", shown=runtime.is_main) as progress:
+        samples = _interleaved(model, cases, settings, progress)
+    rates = measure(model, passes)
+    floor = {c: floors(rates, passes, link, 0 if c.silent else c.plan.syncs()) for c in [*plans, *bounds.values()]}
+    rows = {case: row_of(case, taken) | {"floor": floor[case]} for case, taken in samples.items()}
+    for case, taken in samples.items():
+        rows[case] |= saved(samples.get(full, taken), taken)
+    if settings.alone:
+        predicted = [_predicted(case, rows[silent], floor[case]) for case in plans]
+        return {"rates": rates.document(), "share": rows[silent], "predicted": predicted}
+    named = {name: rows[case] for name, case in bounds.items()}
+    return {"rates": rates.document(), "plans": [rows[case] for case in plans], "bounds": named}
 
 
 @torch.no_grad()
-def _interleaved(model: Transformer, cases: list[Case], settings: BenchSettings, progress) -> list[list[Sample]]:
+def _interleaved(model: Transformer, cases: list[Case], settings: BenchSettings, progress) -> dict[Case, list[Sample]]:
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_len)
     prompt = torch.randint(model.config.vocab_size, size, generator=generator).to(model.embedding.weight.device)
-    engines = [Eager(model, prompt, settings.new_tokens)] * len(cases)
-    if settings.compile:
-        for i, case in enumerate(cases):
-            model.plan, model.shards.silent = case
-            engines[i] = Compiled(model, prompt, settings.new_tokens)
-    samples = [[] for _ in cases]
+    eager, engines, samples = Eager(model, prompt, settings.new_tokens), {}, {case: [] for case in cases}
+    for case in cases:
+        case.take(model)
+        engines[case] = Compiled(model, prompt, settings.new_tokens) if settings.compile else eager
     shuffled = random.Random(settings.seed)  # the same order on every process
     for repeat in range(settings.warmup + settings.repeats):
-        for i in shuffled.sample(range(len(cases)), len(cases)):
-            model.plan, model.shards.silent = cases[i]
-            taken = _once(engines[i], settings.new_tokens)
+        for case in shuffled.sample(cases, len(cases)):
+            case.take(model)
+            taken = _once(engines[case], settings.new_tokens)
             if repeat >= settings.warmup:
-                samples[i].append(taken)
+                samples[case].append(taken)
             progress(1)
     return samples
 
@@ -163,37 +192,35 @@ def _once(engine: Eager | Compiled, new_tokens: int) -> Sample:
     return Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
 
 
-def _row(case: Case, samples: Sequence[Sample]) -> dict:
-    # The collectives are those of the (lower) median TTFT: a part of a time that was really taken.
-    typical = sorted(samples, key=lambda s: s.ttft)[(len(samples) - 1) // 2]
+def row_of(case: Case, samples: Sequence[Sample]) -> dict:
+    """What was measured of a case. The collectives are those of the (lower) median TTFT: a part of a time really taken.
+
+    None is what was not measured: TPOT without new tokens, the times of collectives on GPUs.
+    """
+    typical = sorted(samples, key=lambda sample: sample.ttft)[(len(samples) - 1) // 2]
+    collectives = {}
+    for point, one in typical.collectives.items():
+        real_ms = None if one.real_seconds is None else 1e3 * one.real_seconds
+        emulated_ms = 1e3 * one.emulated_seconds
+        collectives[point] = {"count": one.count, "bytes": one.bytes, "real_ms": real_ms, "emulated_ms": emulated_ms}
+    spent = [sum(s.spent().values()) if len(s.spent()) == len(s.collectives) else None for s in samples]
     return {
         "plan": str(case.plan),
         "blocks_dropped": len(case.plan.dropped()),
         "communicates": not case.silent,
-        "ttft_ms": spread([s.ttft for s in samples]),
-        "tpot_ms": None if samples[0].tpot is None else spread([s.tpot for s in samples]),
-        "communication_ms": spread([s.communication for s in samples]),
-        "collectives": {
-            point: {
-                "count": c.count,
-                "bytes": c.bytes,
-                "real_ms": 1e3 * c.real_seconds,
-                "emulated_ms": 1e3 * c.emulated_seconds,
-            }
-            for point, c in typical.collectives.items()
-        },
+        "ttft_ms": spread([sample.ttft for sample in samples]),
+        "tpot_ms": spread([sample.tpot for sample in samples]),
+        "communication_ms": spread(spent),
+        "collectives": collectives,
     }
 
 
-def spread(seconds: list[float]) -> dict:
-    """Median, interquartile range, minimum (ms) and number of repetitions."""
-    quarters = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
-    return {
-        "median": 1e3 * statistics.median(seconds),
-        "spread": 1e3 * (quarters[2] - quarters[0]),
-        "min": 1e3 * min(seconds),
-        "repeats": len(seconds),
-    }
+def spread(seconds: Sequence[float | None]) -> dict | None:
+    """Median, interquartile range, minimum (ms) and number of repetitions; None where they were not measured."""
+    if None in seconds:
+        return None
+    least, lower, median, upper = (1e3 * np.quantile(seconds, (0, 0.25, 0.5, 0.75))).tolist()
+    return {"median": median, "spread": upper - lower, "min": least, "repeats": len(seconds)}
 
 
 def saved(full: Sequence[Sample], samples: Sequence[Sample]) -> dict:
@@ -201,66 +228,26 @@ def saved(full: Sequence[Sample], samples: Sequence[Sample]) -> dict:
 
     That time is the mean of their sync point. Nothing where no all-reduce is left out, or none is timed (GPUs).
     """
-    ttft, removed = [], []
-    for one, other in zip(full, samples, strict=True):
-        left = {point: other.collectives.get(point, Collective()).count for point in one.collectives}
-        spent = {p: (c.real_seconds + c.emulated_seconds) / c.count for p, c in one.collectives.items()}
-        removed.append(sum((c.count - left[p]) * spent[p] for p, c in one.collectives.items()))
-        ttft.append(one.ttft - other.ttft)
-    gained, gone = statistics.median(ttft), statistics.median(removed)
-    return {"saved": {"saved_ms": 1e3 * gained, "removed_ms": 1e3 * gone, "share": gained / gone}} if gone > 0 else {}
+    kept = {point: one.count for point, one in samples[0].collectives.items()}
+    left_out = {point: 1 - kept.get(point, 0) / one.count for point, one in full[0].collectives.items()}
+    removed = np.median([sum(left_out[p] * seconds for p, seconds in one.spent().items()) for one in full])
+    gained = np.median([one.ttft - other.ttft for one, other in zip(full, samples, strict=True)])
+    if not removed > 0:
+        return {}
+    found = {"saved_ms": 1e3 * gained, "removed_ms": 1e3 * removed, "share": gained / removed}
+    return {"saved": {key: float(number) for key, number in found.items()}}
 
 
-def _predicted(share: dict, passes: dict[str, Pass], link: Link, case: Case) -> dict:
+def _predicted(case: Case, share: dict, floor: dict) -> dict:
     """A timed shard's medians with a plan's all-reduces over the link added, and these alone (ms)."""
-    added = {
-        f"{kind}_ms": 1e3 * communication(a_pass, link_all_reduce(link, a_pass.tp), case.plan.syncs())
-        for kind, a_pass in passes.items()
-    }
+    added = {kind: floor[kind.replace("ms", "communication_ms")] for kind in ("ttft_ms", "tpot_ms")}
     times = {kind: share[kind]["median"] + ms for kind, ms in added.items() if share[kind]}
     return {"plan": str(case.plan), **times, "communication_ms": added}
 
 
-def describe_timed(model: str | None, shape: str | None, tp: int) -> dict:
-    """What a record says of the model to time, exactly one of a checkpoint and a named shape."""
-    if (model is None) == (shape is None):
-        raise SPDError("Give either --model (a checkpoint) or --shape (random weights).")
-    if shape is not None:
-        config, folder = named_shape(shape), None
-        name, fingerprint = f"{shape} (random weights)", f"random-{shape}"
-    else:
-        source = Checkpoint(resolve(model))
-        config, folder = source.config, source.folder
-        name, fingerprint = display_name(model), source.fingerprint()
-    config.validate_tp(tp)
-    return describe(config, name, fingerprint, folder)
-
-
-def plans_to_time(
-    described: dict,
-    tp: int,
-    files: Sequence[Path] = (),
-    drops: Sequence[str] = (),
-    sensitivity: Path | None = None,
-    percentages: list[float] | None = None,
-) -> tuple[str, ...]:
-    """Letters of the plans asked for, duplicates removed, for the model that `describe_timed` describes."""
-    blocks, fingerprint = described["blocks"], described["fingerprint"]
-    if files and fingerprint.startswith("random-"):
-        raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
-    chosen = [read_plan(path, fingerprint, tp, blocks).plan for path in files]
-    chosen += [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
-    if sensitivity is not None:
-        values = read_sensitivity(sensitivity, fingerprint)["sensitivity"]
-        chosen += plans_by_percentage(values, percentages).values()
-    elif percentages is not None:  # which blocks they are changes no timing
-        chosen += plans_by_percentage([0.0] * blocks, percentages).values()
-    return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)]))
-
-
-def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
+def run(runtime: Runtime, timed: Timed, settings: BenchSettings) -> dict:
     """`bench` on the processes of a launcher, or on `tp` processes started here (CPU), with what was timed."""
-    alone = settings.share_of is not None
+    tp, alone = timed.tp, settings.alone
     if alone and (settings.link is None or runtime.world > 1 or tp == 1):
         raise SPDError("One shard alone is timed in one process, with --tp above 1 and the --link to predict over.")
     if runtime.world > 1 and runtime.world != tp:
@@ -275,13 +262,10 @@ def run(runtime: Runtime, tp: int, settings: BenchSettings) -> dict:
             f"{tp} processes on {cores()} cores would time nothing but their waiting; use at most {cores()}."
         )
     transport = chosen_transport(settings.transport, here)
-    measured = bench(runtime, settings) if here else spawn(tp, bench, settings, transport=transport)
-    setting = {"tp": tp, "world": 1 if alone else tp, "transport": None if tp == 1 or alone else transport}
-    asked = ("batch", "prompt_len", "new_tokens", "link", "dtype", "compile")
-    setting |= {name: getattr(settings, name) for name in asked}
-    if runtime.device != "cpu":
-        setting["nccl"] = nccl_settings()
-    return setting | measured | {"hardware": hardware()}
+    measured = bench(runtime, timed, settings) if here else spawn(tp, bench, timed, settings, transport=transport)
+    found = {"tp": tp, "world": 1 if alone else tp, "transport": None if tp == 1 or alone else transport}
+    found |= {name: getattr(settings, name) for name in ASKED} | measured | {"hardware": hardware()}
+    return found if runtime.device == "cpu" else found | {"nccl": nccl_settings()}
 
 
 def chosen_transport(asked: str | None, launched: bool = False) -> str:

@@ -280,15 +280,14 @@ def bench(session: Session) -> None:
 
     Beside them stand three bounds: everything full, every attention sync dropped, no communication at all.
     """
-    from spd.bench import BenchSettings, describe_timed, plans_to_time, run
+    from spd.bench import BenchSettings, Timed, run
 
     o = session.options
-    described = describe_timed(o.model, o.shape, o.tp)
-    letters = plans_to_time(described, o.tp, o.plan, o.drop, o.sensitivity, o.percentages)
-    same = ("model", "shape", "batch", "prompt_len", "new_tokens", "link", "repeats", "dtype", "seed", "compile")
-    same = {name: getattr(o, name) for name in (*same, "transport")}
-    settings = BenchSettings(letters, share_of=o.tp if o.alone else None, **same)
-    session.publish(run(session.runtime, o.tp, settings), described)
+    timed = Timed(o.model, o.shape, o.tp)
+    plans = timed.plans(o.plan, o.drop, o.sensitivity, o.percentages)
+    same = ("batch", "prompt_len", "new_tokens", "link", "repeats", "dtype", "seed", "compile", "alone", "transport")
+    settings = BenchSettings(plans, **{name: getattr(o, name) for name in same})
+    session.publish(run(session.runtime, timed, settings), timed.described)
 
 
 @command(
@@ -306,7 +305,7 @@ def predict(session: Session) -> None:
 
     reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own.
     """
-    from spd.calibrate import ask
+    from spd.latency import ask
     from spd.pretrained import describe
 
     o = session.options

@@ -56,11 +56,11 @@ class Link:
 
 @dataclass
 class Collective:
-    """What the collectives of one sync point have cost so far; seconds are those on CPUs alone."""
+    """What the collectives of one sync point have cost so far."""
 
     count: int = 0
     bytes: int = 0
-    real_seconds: float = 0.0
+    real_seconds: float | None = None  # None where none was timed: a GPU's collective is only launched here
     emulated_seconds: float = 0.0
 
 
@@ -175,8 +175,8 @@ class Shards:
         spent = self.collectives[point]
         spent.count += 1
         spent.bytes += payload
-        if not on_gpu:  # a GPU's collective is only launched here
-            spent.real_seconds += reached - start
+        if not on_gpu:
+            spent.real_seconds = (spent.real_seconds or 0.0) + reached - start
             spent.emulated_seconds += time.perf_counter() - reached
 
     def width_of(self, size: int) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spd.comm import Link
+from spd.comm import Link, Shards
 from spd.kernels import linear
-from spd.machines import Pass, communication, link_all_reduce
+from spd.machines import Pass, link_all_reduce
 from spd.model import Transformer
 
 WARMUP = 3  # passes before a capture: compilation, and what libraries allocate on their first calls
@@ -57,14 +57,13 @@ class Compiled:
         room = prompt.shape[1] + max(new_tokens, WARMUP)  # the warm-up decodes write too
         self.cache = model.new_cache(prompt.shape[0], room)
         self.steps = self.cache.static()
-        model.rotary.table(
-            room, model.blocks[0].mlp.down.weight
-        )  # whole before a capture, which goes on reading this one
+        model.rotary.table(room, model.embedding.weight)  # whole before a capture, which goes on reading this one
         for block in model.blocks:
             for part in ("attend", "transform"):
                 setattr(block, part, torch.compile(getattr(type(block), part).__get__(block), backend=backend))
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-            self.prefill, self.decode = (_ready(function, prompt) for function in (self._prefill, self._decode))
+        ready = captured if prompt.is_cuda else called_once
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            self.prefill, self.decode = ready(self._prefill, model.shards), ready(self._decode, model.shards)
 
     def _prefill(self) -> None:
         self.cache.length = 0
@@ -78,12 +77,14 @@ class Compiled:
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
 
-@torch.no_grad()
-def _ready(function: Callable[[], None], like: Tensor) -> Callable[[], None]:
-    """`function` compiled by a first call, and captured where the device can; what it wrote meanwhile is void."""
-    if not like.is_cuda:
-        function()
-        return function
+def called_once(function: Callable[[], None], shards: Shards) -> Callable[[], None]:
+    """`function`, compiled by a first call."""
+    function()
+    return function
+
+
+def captured(function: Callable[[], None], shards: Shards) -> Callable[[], None]:
+    """`function` as a CUDA graph, whose replays count the collectives that were captured; times them nothing can."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -91,9 +92,18 @@ def _ready(function: Callable[[], None], like: Tensor) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    shards.take_collectives()  # those of the warm-up
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+    counted = shards.take_collectives()
+
+    def replay() -> None:
+        graph.replay()
+        for point, once in counted.items():
+            shards.collectives[point].count += once.count
+            shards.collectives[point].bytes += once.bytes
+
+    return replay
 
 
 def clock(like: Tensor) -> float:
@@ -121,8 +131,7 @@ class Rates:
 @torch.no_grad()
 def measure(model: Transformer, passes: dict[str, Pass]) -> Rates:
     """Best of a few repetitions of each; every process must call it."""
-    config, shards, weight = model.config, model.shards, model.blocks[0].mlp.gate_up.weight[0]
-    prompt = torch.randn(passes["ttft"].rows, config.hidden_size).to(weight)
+    shards, width, weight = model.shards, model.config.hidden_size, model.blocks[0].mlp.gate_up.weight[0]
 
     def best(function: Callable, *arguments) -> float:
         taken = []
@@ -133,15 +142,16 @@ def measure(model: Transformer, passes: dict[str, Pass]) -> Rates:
             taken.append(clock(weight) - start)
         return min(taken)
 
-    matrices = [block.mlp.gate_up.weight[0] for block in model.blocks]
-    matrices, one = matrices[: max(1, LARGEST[weight.device.type] // weight.nbytes)], prompt[:1].contiguous()
+    prompt = torch.randn(passes["ttft"].rows, width).to(weight)
+    one, count = prompt[:1].contiguous(), max(1, LARGEST[weight.device.type] // weight.nbytes)
+    matrices = [block.mlp.gate_up.weight[0] for block in model.blocks[:count]]
     flops = 2 * len(prompt) * weight.numel() / best(linear, prompt, weight)
     read = len(matrices) * weight.nbytes / best(lambda: [linear(one, matrix) for matrix in matrices])
     if shards.transport is None:  # no other processes
         return Rates(flops, read, dict.fromkeys(passes, 0.0), 0.0)
-    streams = {kind: torch.zeros(a_pass.rows, config.hidden_size).to(weight) for kind, a_pass in passes.items()}
+    streams = {kind: torch.zeros(a_pass.rows, width).to(weight) for kind, a_pass in passes.items()}
     sums = {kind: best(shards.transport.all_reduce, stream) for kind, stream in streams.items()}
-    part = torch.zeros(passes["tpot"].rows, shards.width_of(config.vocab_size)).to(weight)
+    part = torch.zeros(passes["tpot"].rows, shards.width_of(model.config.vocab_size)).to(weight)
     return Rates(flops, read, sums, best(shards.transport.all_gather, part))
 
 
@@ -150,8 +160,8 @@ def floors(rates: Rates, passes: dict[str, Pass], link: Link | None, syncs: int)
     found = {}
     for kind, a_pass in passes.items():
         work = a_pass.work()
-        computing = max(work.flops / rates.flops, work.weight_bytes / rates.bytes)
+        computing = max(work.flop / rates.flops, work.weight_byte / rates.bytes)
         waiting = syncs * rates.all_reduce[kind] + (syncs > 0) * rates.all_gather
-        waiting += communication(a_pass, link_all_reduce(link, a_pass.tp), syncs) if link is not None else 0.0
+        waiting += a_pass.communication(link_all_reduce(link, a_pass.tp), syncs) if link is not None else 0.0
         found |= {f"{kind}_ms": 1e3 * (computing + waiting), f"{kind}_communication_ms": 1e3 * waiting}
     return found

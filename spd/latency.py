@@ -5,28 +5,45 @@ all-reduce a sync point that is kept, and one all-gather of the logits. Nothing 
 nothing but its all-reduce.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from spd.config import ModelConfig
+from spd.calibrate import read
+from spd.comm import Link
+from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.machines import AllReduce, Machine, Pass, check_length, communication, timed_passes
+from spd.machines import KINDS, AllReduce, Machine, Pass, gpu, link_all_reduce, measured_all_reduce, timed_passes
 from spd.plan import Plan
 from spd.planner import blocks_of
+
+TIMES = ("ttft", "tpot")
+DEFAULT_GPU = "a100"
+COMPARED = ("percent", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup")
+TABLE = "Operator times of an A100 table; for other GPUs its efficiencies at their data sheet's peaks."
+CALIBRATION = "Unit costs of the calibration; no operator table."
+ASSUMPTIONS = [
+    "The attention core is counted from FLOPs and bytes at the output projection's efficiency.",
+    "Nothing overlaps; a dropped sync point saves its all-reduce and nothing else.",
+]
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one pass, by what they go to."""
+    """Seconds of one pass, by what they go to: kinds of operators, launch, communication."""
 
-    parts: dict[str, float]  # matrix products, attention, pointwise, launch
-    communication: float
+    parts: dict[str, float]
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values()) + self.communication
+        return sum(self.parts.values())
+
+    @property
+    def communication(self) -> float:
+        return self.parts["communication"]
 
     def parts_ms(self) -> dict[str, float]:
-        return {part: 1e3 * seconds for part, seconds in {**self.parts, "communication": self.communication}.items()}
+        return {part: 1e3 * seconds for part, seconds in self.parts.items()}
 
     def against(self, full: "Time") -> dict[str, float]:
         """Milliseconds, share of communication, and against `full` reduction 1 - t_p/t_0 and speedup t_0/t_p."""
@@ -40,15 +57,11 @@ class Prediction:
 
     config: ModelConfig
     machine: Machine
-    all_reduce: AllReduce
+    all_reduce: Callable[[float], float]
     tp: int
     batch: int = 1
     prompt_len: int = 128  # tokens
     new_tokens: int = 16  # decoded; TPOT is their mean
-
-    def __post_init__(self):
-        self.config.validate_tp(self.tp)
-        check_length(self.config, self.prompt_len, self.new_tokens)
 
     @property
     def passes(self) -> dict[str, Pass]:
@@ -57,11 +70,11 @@ class Prediction:
 
     def time(self, kind: str, syncs: int) -> Time:
         """Of `ttft` or `tpot` with `syncs` all-reduces."""
-        a_pass, parts = self.passes[kind], dict.fromkeys(("matrix products", "attention", "pointwise", "launch"), 0.0)
+        a_pass, parts = self.passes[kind], dict.fromkeys((*KINDS, "launch"), 0.0)
         for operator, times in a_pass.operators():
             parts[operator.kind] += times * self.machine.seconds(operator, self.tp)
             parts["launch"] += times * self.machine.launch
-        return Time(parts, communication(a_pass, self.all_reduce, syncs))
+        return Time(parts | {"communication": a_pass.communication(self.all_reduce, syncs)})
 
     def dropping(self, kind: str, percent: float) -> Time:
         """With the attention sync point of `percent` of the blocks dropped."""
@@ -84,20 +97,65 @@ def syncs_at(config: ModelConfig, percent: float) -> int:
 
 
 def predict(prediction: Prediction, percent: float) -> dict:
-    """The document of `spd predict`: TTFT and TPOT at `percent`, beside 0 % and the ceilings.
+    """TTFT and TPOT at `percent`, beside 0 % and the ceilings.
 
     `ceiling` has what dropping could give at most (every attention sync point) and what any method could (no
     communication at all). Top-level share, reduction and speedup are the TTFT's; `tpot` has its own.
     """
-    asked, full, dropped = ({k: prediction.compare(k, p) for k in ("ttft", "tpot")} for p in (percent, 0, 100))
-    times = {f"{kind}_ms": row.pop("ms") for kind, row in asked.items()}
+    asked, full, dropped = ({k: prediction.compare(k, p) for k in TIMES} for p in (percent, 0, 100))
+    times = {f"{kind}_ms": asked[kind].pop("ms") for kind in TIMES}
     return {
         **times,
         **asked["ttft"],
         "tpot": asked["tpot"],
         "percent": percent,
         "blocks_dropped": blocks_of(percent, prediction.config.num_blocks),
-        "ceiling": {"all_attention_dropped": dropped, "no_communication": {k: prediction.bound(k) for k in asked}},
+        "ceiling": {"all_attention_dropped": dropped, "no_communication": {k: prediction.bound(k) for k in TIMES}},
         "all_full": full,
-        "parts_ms": {kind: prediction.dropping(kind, percent).parts_ms() for kind in asked},
+        "parts_ms": {kind: prediction.dropping(kind, percent).parts_ms() for kind in TIMES},
     }
+
+
+def ask(
+    shape: str,
+    percent: float | list[float],
+    tp: int = 8,
+    *,
+    gpu_name: str | None = None,
+    nodes: int = 1,
+    link: str | None = None,
+    calibration: Path | None = None,
+    launch_us: float = 0.0,
+    **prompt: int,
+) -> tuple[dict, ModelConfig]:
+    """The document of `spd predict`, with what was assumed, and the shape. `prompt`: sizes of a `Prediction`.
+
+    Of several percentages the document is the last one's; `percentages` has TTFT, TPOT, reduction and speedup of all.
+    The machine is a named GPU (a100 if none is named) or a calibration. Its all-reduce is the link given (beside a
+    calibration's own: emulated after it, as `bench --link` does), else NCCL's measured table, else the calibration's.
+    """
+    config = named_shape(shape)
+    config.validate_tp(tp)
+    if tp % nodes:
+        raise SPDError(f"tp={tp} cannot be spread evenly over {nodes} nodes.")
+    if calibration is not None and gpu_name is not None:
+        raise SPDError("A calibration is a machine already; give either --gpu or --calibration.")
+    over = None if link is None else link_all_reduce(Link.parse(link), tp)
+    if calibration is None:
+        machine = gpu(gpu_name or DEFAULT_GPU, 1e-6 * launch_us)
+        all_reduce = over or measured_all_reduce(machine.name, tp, nodes)
+    else:
+        machine, own = read(calibration, tp)
+        all_reduce = own if over is None else followed_by(own, over)
+    prediction = Prediction(config, machine, all_reduce, tp, **prompt)
+    results = [predict(prediction, one) for one in (percent if isinstance(percent, list) else [percent])]
+    result = results[-1]
+    if len(results) > 1:
+        result["percentages"] = [{key: one[key] for key in COMPARED} for one in results]
+    asked = {"shape": shape, "machine": machine.name, "nodes": nodes, "link": all_reduce.name, "launch_us": launch_us}
+    asked |= {key: getattr(prediction, key) for key in ("batch", "prompt_len", "new_tokens")}
+    return result | asked | {"assumptions": [TABLE if calibration is None else CALIBRATION, *ASSUMPTIONS]}, config
+
+
+def followed_by(real: AllReduce, emulated: AllReduce) -> AllReduce:
+    return AllReduce(f"{real.name}, then {emulated.name}", lambda payload: real(payload) + emulated(payload))

@@ -4,7 +4,7 @@ A `Pass` counts operators with their FLOPs and bytes from the shape, under the n
 and knows no machine. A `Machine` puts a time on an operator: its work at the machine's unit costs, over an efficiency.
 For named GPUs the unit costs are the data sheet's peaks and the efficiency is what the A100 operator table shows (see
 `profiles/README.md`): exact on the table's rows, interpolated between them. For a calibrated machine the costs are
-fitted and the efficiency is 1. An all-reduce is a function from bytes to seconds, made for a number of processes.
+fitted and the efficiency is 1.
 """
 
 import csv
@@ -21,21 +21,21 @@ from spd.config import SHAPES, ModelConfig
 from spd.errors import SPDError, one_of
 
 PROFILES = Path(__file__).parent / "profiles"
+MATRIX, ATTENTION, POINTWISE = KINDS = ("matrix products", "attention", "pointwise")
 # Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
 # in size), the gate and up projection for the head.
 STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}
 TABLE_MODELS = {"Llama-2-7b-hf": "llama2-7b", "Llama-2-70b-hf": "llama2-70b"}
-MATRIX = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "head")  # the others but attention are pointwise
 
 
 class Work(NamedTuple):
     """Counted work, which machines put a time on. Sums and multiples of work are work."""
 
-    operators: float = 0.0  # kernels of the fused kind that the operator table lists
-    flops: float = 0.0  # of matrix products and attention; pointwise ones are free beside their bytes
-    weight_bytes: float = 0.0
-    batched_weight_bytes: float = 0.0  # those read for several tokens at once: another kernel than matrix-vector
-    activation_bytes: float = 0.0  # activations and key/value cache, read and written
+    operator: float = 0.0  # kernels of the fused kind that the operator table lists
+    flop: float = 0.0  # of matrix products and attention; pointwise ones are free beside their bytes
+    weight_byte: float = 0.0
+    batched_weight_byte: float = 0.0  # those read for several tokens at once: another kernel than matrix-vector
+    activation_byte: float = 0.0  # activations and key/value cache, read and written
 
     def __add__(self, other: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -43,18 +43,20 @@ class Work(NamedTuple):
     def __mul__(self, times: float) -> "Work":
         return Work(*(times * a for a in self))
 
+    def seconds(self, costs: "Costs") -> float:
+        return sum(cost * amount for cost, amount in zip(costs, self, strict=True))
 
-@dataclass(frozen=True)
-class Operator:
-    """One kernel on one shard."""
+
+Costs = Work  # seconds a unit of each kind
+
+
+class Operator(NamedTuple):
+    """One kernel on one shard, which works on `tokens` rows."""
 
     name: str
+    kind: str
     work: Work
-    tokens: int  # rows it works on
-
-    @property
-    def kind(self) -> str:
-        return "matrix products" if self.name in MATRIX else "attention" if self.name == "attention" else "pointwise"
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,15 @@ class Pass:
         logits = self.batch * self.config.vocab_size * self.element_size
         return [(syncs, self.payload), (1, logits / 2)] if syncs else []
 
+    def communication(self, all_reduce: Callable[[float], float], syncs: int) -> float:
+        """Seconds of them."""
+        return sum(n * all_reduce(payload) for n, payload in self.collectives(syncs))
+
     def block(self) -> list[Operator]:
         """A decoder block's operators in the order they run; each of the two residual additions is one."""
         c, n = self.config, self.rows
-        d, heads, neurons = c.hidden_size, c.num_heads // self.tp, c.intermediate_size // self.tp
-        kv_heads = max(1, c.num_kv_heads // self.tp)  # beyond the key/value heads, tp replicates them
-        q, kv = heads * c.head_dim, kv_heads * c.head_dim
+        d, neurons = c.hidden_size, c.intermediate_size // self.tp
+        q, kv = c.num_heads // self.tp * c.head_dim, c.kv_heads_per_shard(self.tp) * c.head_dim
         add = self._pointwise("residual_add", 3 * n * d)
         return [
             self._pointwise("input_norm", 2 * n * d),
@@ -112,16 +117,12 @@ class Pass:
     def ends(self) -> list[Operator]:
         """Embedding and last norm, which every shard computes whole, and its part of the last tokens' logits."""
         d, part = self.config.hidden_size, -(-self.config.vocab_size // self.tp)
-        return [
-            self._pointwise("embedding", 2 * self.rows * d),
-            self._pointwise("final_norm", 2 * self.batch * d, self.batch),
-            self._matrix("head", self.batch, d, part),
-        ]
+        norm = self._pointwise("final_norm", 2 * self.batch * d)._replace(tokens=self.batch)
+        return [self._pointwise("embedding", 2 * self.rows * d), norm, self._matrix("head", self.batch, d, part)]
 
     def operators(self) -> list[tuple[Operator, int]]:
         """All operators, and how often each runs."""
-        blocks = [(operator, self.config.num_blocks) for operator in self.block()]
-        return blocks + [(operator, 1) for operator in self.ends()]
+        return [(one, self.config.num_blocks) for one in self.block()] + [(one, 1) for one in self.ends()]
 
     def work(self) -> Work:
         """Of the whole pass."""
@@ -130,46 +131,32 @@ class Pass:
     def _matrix(self, name: str, rows: int, inputs: int, outputs: int) -> Operator:
         weights = inputs * outputs * self.element_size
         activations = rows * (inputs + outputs) * self.element_size
-        return Operator(name, Work(1, 2 * rows * inputs * outputs, weights, weights * (rows > 1), activations), rows)
+        work = Work(1, 2 * rows * inputs * outputs, weights, weights * (rows > 1), activations)
+        return Operator(name, MATRIX, work, rows)
 
-    def _pointwise(self, name: str, elements: int, rows: int | None = None) -> Operator:
-        return Operator(name, Work(1, activation_bytes=elements * self.element_size), rows or self.rows)
+    def _pointwise(self, name: str, elements: int) -> Operator:
+        return Operator(name, POINTWISE, Work(1, activation_byte=elements * self.element_size), self.rows)
 
     def _attention(self, q: int, kv: int) -> Operator:
         """A fused causal kernel: scores and their weighted sum, queries and output, keys and values once."""
         context = self.past + (self.tokens + 1) / 2  # keys a query sees, on average
-        cache = self.batch * (self.past + self.tokens) * 2 * kv
-        flops = 4 * self.rows * q * context
-        return Operator("attention", Work(1, flops, 0, 0, (2 * self.rows * q + cache) * self.element_size), self.rows)
+        elements = 2 * self.rows * q + self.batch * (self.past + self.tokens) * 2 * kv
+        work = Work(1, 4 * self.rows * q * context, activation_byte=elements * self.element_size)
+        return Operator("attention", ATTENTION, work, self.rows)
 
 
 def timed_passes(
     config: ModelConfig, tp: int, batch: int, prompt_len: int, new_tokens: int, element_size: int
 ) -> dict[str, Pass]:
     """What `bench` times: as `ttft` the prefill, as `tpot` the mean decode step, each of which sees one more token."""
+    if prompt_len + new_tokens > config.max_positions:
+        raise SPDError(f"{prompt_len} + {new_tokens} tokens exceed the model's {config.max_positions} positions.")
     past = prompt_len + (max(1, new_tokens) - 1) / 2
     prefill = Pass(config, tp, batch, prompt_len, 0, element_size)
     return {"ttft": prefill, "tpot": Pass(config, tp, batch, 1, past, element_size)}
 
 
-def check_length(config: ModelConfig, prompt_len: int, new_tokens: int) -> None:
-    """A mistake where a prompt and what is decoded after it exceed the shape's positions."""
-    if prompt_len + new_tokens > config.max_positions:
-        raise SPDError(f"{prompt_len} + {new_tokens} tokens exceed the model's {config.max_positions} positions.")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds a unit of each kind of `Work`, in its order."""
-
-    operator: float
-    flop: float
-    weight_byte: float
-    batched_weight_byte: float
-    activation_byte: float
-
-    def seconds(self, work: Work) -> float:
-        return sum(cost * amount for cost, amount in zip(vars(self).values(), work, strict=True))
+# ---------------------------------------------------------------- machines
 
 
 @dataclass(frozen=True)
@@ -184,54 +171,29 @@ class Machine:
 
     def seconds(self, operator: Operator, tp: int) -> float:
         """On the device, launch left out."""
-        return self.costs.seconds(operator.work) / (efficiency(operator, tp) if self.tabled else 1)
-
-
-def gpu(name: str, launch: float = 0.0) -> Machine:
-    """A named GPU, `launch` seconds an operator."""
-    return Machine(name, _peaks(name), launch=launch, tabled=True)
+        return operator.work.seconds(self.costs) / (efficiency(operator, tp) if self.tabled else 1)
 
 
 @cache
-def _peaks(gpu_name: str) -> Costs:
-    """Unit costs at the data sheet's peaks; no kernel is shorter than the shortest in the operator table."""
-    row, table = gpu_row(gpu_name), read_profile("layer_ops_a100")
+def read_profile(name: str) -> list[dict[str, str]]:
+    """Rows of a CSV among the profiles."""
+    with open(PROFILES / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gpu_row(name: str) -> dict[str, str]:
+    """What the profiles say of a named GPU."""
+    rows = {row["gpu"]: row for row in read_profile("gpus")}
+    return rows[one_of("GPU", name, rows)]
+
+
+@cache
+def gpu(name: str, launch: float = 0.0) -> Machine:
+    """A named GPU at its data sheet's peaks; no kernel is shorter than the shortest in the operator table."""
+    row, table = gpu_row(name), read_profile("layer_ops_a100")
     byte = 1 / float(row["memory_bytes_per_second"])
     shortest = min(float(r[key]) for r in table for key in r if key.endswith("_us"))
-    return Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte)
-
-
-@cache
-def efficiency(operator: Operator, tp: int) -> float:
-    """Time at an A100's peaks over measured time of an operator, from the table of models, tps and numbers of tokens.
-
-    Interpolated in the logarithms of tokens, tp and the operator's time at the peaks; constant beyond the table.
-    """
-    name, table = STAND_INS.get(operator.name, operator.name), read_profile("layer_ops_a100")
-    tps, tokens = (sorted({int(row[key]) for row in table}) for key in ("tp", "tokens"))
-    sizes, values = [], []
-    for label, shape in TABLE_MODELS.items():
-        rows = [[_tabled_efficiency(label, t, n, name) for n in tokens] for t in tps]
-        values.append(interpolate(tp, tps, [interpolate(operator.tokens, tokens, row) for row in rows]))
-        sizes.append(_peak_seconds(shape, tp, operator.tokens, name))
-    return interpolate(_peaks("a100").seconds(operator.work), sizes, values)
-
-
-@cache
-def _tabled_efficiency(label: str, tp: int, tokens: int, name: str) -> float:
-    at = label, str(tp), str(tokens)
-    row = next(r for r in read_profile("layer_ops_a100") if (r["model"], r["tp"], r["tokens"]) == at)
-    return _peak_seconds(TABLE_MODELS[label], tp, tokens, name) / (1e-6 * float(row[f"{name}_us"]))
-
-
-def _peak_seconds(shape: str, tp: int, tokens: int, name: str) -> float:
-    operators = Pass(SHAPES[shape], tp, tokens=tokens).operators()
-    return next(_peaks("a100").seconds(one.work) for one, _ in operators if one.name == name)
-
-
-def interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Linear in log x; the nearest value beyond the ends."""
-    return float(np.interp(np.log(at), np.log(xs), ys))
+    return Machine(name, Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte), 2, launch, True)
 
 
 def gpu_memory(name: str) -> float:
@@ -245,60 +207,90 @@ def gpu_flops(name: str, dtype: str) -> float:
     return float(gpu_row(name)[unit]) / (2 if dtype == "float64" else 1)
 
 
-def gpu_row(name: str) -> dict[str, str]:
-    """What the profiles say of a named GPU."""
-    rows = {row["gpu"]: row for row in read_profile("gpus")}
-    return rows[one_of("GPU", name, rows)]
+@cache
+def efficiency(operator: Operator, tp: int) -> float:
+    """Time at an A100's peaks over measured time of an operator, from the table of models, tps and numbers of tokens.
+
+    Interpolated in the logarithms of tokens, tp and the operator's time at the peaks; constant beyond the table.
+    """
+    name, sizes, values = STAND_INS.get(operator.name, operator.name), [], []
+    for model, shape in TABLE_MODELS.items():
+        tps, tokens, table = _tabled_efficiencies(model, name)
+        values.append(interpolate(tp, tps, [interpolate(operator.tokens, tokens, row) for row in table]))
+        sizes.append(_peak_seconds(shape, tp, operator.tokens, name))
+    return interpolate(operator.work.seconds(gpu("a100").costs), sizes, values)
 
 
 @cache
-def read_profile(name: str) -> list[dict[str, str]]:
-    """Rows of a CSV among the profiles."""
-    with open(PROFILES / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
+def _tabled_efficiencies(model: str, name: str) -> tuple[list[int], list[int], list[list[float]]]:
+    """Degrees and numbers of tokens, ascending, and a row a degree, a column a number of tokens."""
+    rows = [row for row in read_profile("layer_ops_a100") if row["model"] == model]
+    measured = {(int(row["tp"]), int(row["tokens"])): 1e-6 * float(row[f"{name}_us"]) for row in rows}
+    tps, tokens = (sorted(set(of)) for of in zip(*measured, strict=True))
+    shape = TABLE_MODELS[model]
+    return tps, tokens, [[_peak_seconds(shape, t, n, name) / measured[t, n] for n in tokens] for t in tps]
 
 
-AllReduce = Callable[[float], float]  # seconds of one of so many bytes
+def _peak_seconds(shape: str, tp: int, tokens: int, name: str) -> float:
+    operators = Pass(SHAPES[shape], tp, tokens=tokens).operators()
+    return next(one.work.seconds(gpu("a100").costs) for one, _ in operators if one.name == name)
+
+
+def interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear in log x; the nearest value beyond the ends."""
+    return float(np.interp(np.log(at), np.log(xs), ys))
+
+
+# ---------------------------------------------------------------- all-reduces
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """A function from bytes to seconds, for a number of processes, with a name."""
+
+    name: str
+    seconds: Callable[[float], float]
+
+    def __call__(self, payload: float) -> float:
+        return self.seconds(payload)
 
 
 def link_all_reduce(link: Link, tp: int) -> AllReduce:
     """A ring of `tp` whose slowest hop is `link`."""
-    return lambda payload: link.all_reduce_seconds(payload, tp)
+    return AllReduce(link.spec, lambda payload: link.all_reduce_seconds(payload, tp))
 
 
 def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> AllReduce:
     """NCCL's: the table interpolated in the logarithms of both; beyond it the least time, and the last bandwidth."""
+    if tp == 1:
+        return AllReduce("none", lambda payload: 0.0)
     sizes, seconds = all_reduce_table(gpu_name, tp, nodes)
 
     def interpolated(payload: float) -> float:
-        if payload > sizes[-1]:
-            return seconds[-1] * payload / sizes[-1]
-        return float(np.exp(interpolate(payload, sizes, np.log(seconds))))
+        within = float(np.exp(interpolate(payload, sizes, np.log(seconds))))
+        return within * max(1, payload / sizes[-1])
 
-    return interpolated
+    system = gpu_row(gpu_name)["all_reduce_system"]
+    return AllReduce(f"NCCL measured on {system}, {nodes} x {tp // nodes}", interpolated)
 
 
 @cache
 def all_reduce_table(gpu_name: str, tp: int, nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Bytes and seconds of NCCL's all-reduces over `tp` GPUs spread evenly over `nodes`."""
-    system = gpu_row(gpu_name)["all_reduce_system"]
-    rows = [row for row in read_profile("all_reduce_a100") if row["system"] == system]
-    of_row = [(int(row["workers"]), int(row["devices_per_node"])) for row in rows]
-    asked = [row for row, arrangement in zip(rows, of_row, strict=True) if arrangement == (tp, tp / nodes)]
-    if not asked:
-        known = ", ".join(f"tp={w} on {w // d} node{'s' * (w > d)}" for w, d in dict.fromkeys(of_row)) or "none"
+    system, tables = gpu_row(gpu_name)["all_reduce_system"], {}
+    for row in read_profile("all_reduce_a100"):
+        if row["system"] == system:
+            table = tables.setdefault((int(row["workers"]), int(row["workers"]) // int(row["devices_per_node"])), [])
+            table.append((float(row["bytes"]), 1e-6 * float(row["all_reduce_us"])))
+    if (tp, nodes) not in tables:
+        known = ", ".join(f"tp={w} on {n} node{'s' * (n > 1)}" for w, n in tables) or "none"
         raise SPDError(
             f"No all-reduce table for {gpu_name} with tp={tp} on {nodes} node{'s' * (nodes > 1)} (measured: {known}); "
             "give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us'."
         )
-    return tuple(zip(*sorted((float(r["bytes"]), 1e-6 * float(r["all_reduce_us"])) for r in asked), strict=True))
+    return tuple(zip(*sorted(tables[tp, nodes]), strict=True))
 
 
 def ring_bytes(payload: float, participants: int) -> float:
     """Bytes that a ring moves over its slowest hop: 2 (n-1)/n of the payload."""
     return 2 * (participants - 1) / participants * payload
-
-
-def communication(a_pass: Pass, all_reduce: AllReduce, syncs: int) -> float:
-    """Seconds of a pass's collectives."""
-    return sum(n * all_reduce(payload) for n, payload in a_pass.collectives(syncs))

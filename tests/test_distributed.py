@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from spd import Plan, Sampling, SPDModel
-from spd.bench import BenchSettings, bench
+from spd.bench import BenchSettings, Timed, bench
 from spd.data import read_windows
 from spd.distill import distill, recipe_named
 from spd.errors import SPDError
@@ -142,10 +142,8 @@ def test_processes_that_cannot_be_divided():
 
 def test_bench_counts_what_it_times(variants):
     letters = ("FF FF FF", "DF FF DF")
-    settings = BenchSettings(
-        letters, str(variants("plain")[0]), prompt_len=8, new_tokens=2, repeats=3, warmup=1, link="1GBps,2ms"
-    )
-    found = spawn(2, bench, settings)
+    settings = BenchSettings(letters, prompt_len=8, new_tokens=2, repeats=3, warmup=1, link="1GBps,2ms")
+    found = spawn(2, bench, Timed(str(variants("plain")[0]), tp=2), settings)
     assert [row["plan"] for row in found["plans"]] == list(letters)
     counts = [{point: c["count"] for point, c in row["collectives"].items()} for row in found["plans"]]
     assert counts == [{"attention": 3, "mlp": 3, "head": 1}, {"attention": 1, "mlp": 3, "head": 1}]

@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import product
 
@@ -26,14 +25,11 @@ from predict_paper import (
 )
 
 from spd.calibrate import (
-    Calibration,
-    ask,
     fit,
     fitted_all_reduce,
-    followed_by,
     observations_of,
     profile,
-    read_calibration,
+    read,
     speedups,
     worst,
     worst_points,
@@ -41,7 +37,7 @@ from spd.calibrate import (
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import Prediction, predict, syncs_at
+from spd.latency import Prediction, ask, followed_by, predict, syncs_at
 from spd.machines import (
     TABLE_MODELS,
     Costs,
@@ -69,22 +65,22 @@ def test_matrix_products_count_every_weight_once_and_two_flops_a_token(shape):
     products = [o.work for o in one.block() if o.kind == "matrix products"]
     norms, ends = 2 * config.hidden_size, config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     weights = (config.parameters() - ends - config.hidden_size) / config.num_blocks - norms
-    assert sum(work.weight_bytes for work in products) == 2 * weights
-    assert sum(work.flops for work in products) == 2 * weights * 2 * tokens
+    assert sum(work.weight_byte for work in products) == 2 * weights
+    assert sum(work.flop for work in products) == 2 * weights * 2 * tokens
 
 
 def test_tp_divides_the_matrix_work_and_not_the_payload():
     whole, part = Pass(SHAPES["llama2-7b"], 1, tokens=5), Pass(SHAPES["llama2-7b"], 4, tokens=5)
     for one, shard in zip(whole.block(), part.block(), strict=True):
         if one.kind == "matrix products":
-            assert shard.work.flops * 4 == one.work.flops
+            assert shard.work.flop * 4 == one.work.flop
     assert part.payload == whole.payload == 5 * 4096 * 2
 
 
 def test_only_several_tokens_at_once_read_weights_in_a_batch():
-    assert Pass(SHAPES["llama2-7b"], 1).work().batched_weight_bytes == 0
+    assert Pass(SHAPES["llama2-7b"], 1).work().batched_weight_byte == 0
     many = Pass(SHAPES["llama2-7b"], 1, batch=2)
-    assert many.work().batched_weight_bytes == many.work().weight_bytes
+    assert many.work().batched_weight_byte == many.work().weight_byte
 
 
 # ---------------------------------------------------------------- machines and tables
@@ -295,7 +291,15 @@ def bench_record(shape="llama-125m", link=None, prompt_len=64, batch=1, tp=2, no
     """A record as `bench` writes it, its times made by known costs: TTFT and TPOT are 0 % off if noise is 1."""
     config, real = SHAPES[shape], fitted_all_reduce({tp: 1e-3}, 1e-10, tp)
     machine = Machine("synthetic", COSTS, 4)
-    predicted = Prediction(config, machine, followed_by(real, link, tp), tp, batch, prompt_len, 16)
+    predicted = Prediction(
+        config,
+        machine,
+        real if link is None else followed_by(real, link_all_reduce(Link.parse(link), tp)),
+        tp,
+        batch,
+        prompt_len,
+        16,
+    )
     blocks = config.num_blocks
 
     def row(plan: Plan, communicates: bool = True) -> dict:
@@ -357,7 +361,7 @@ def test_several_percentages_are_compared_and_the_last_is_the_answer():
 def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(profile(grid(links=(None,)))))
-    machine, own = read_calibration(path, 2)
+    machine, own = read(path, 2)
     assert machine.element_size == 4 and own(0) == pytest.approx(1e-3, rel=1e-3)
     result, _ = ask("llama-125m", 50, 2, calibration=path, link="10GBps,200us", prompt_len=64)
     made = bench_record(link="10GBps,200us")["result"]["plans"][0]
@@ -408,7 +412,7 @@ def test_calibrations_refuse_what_does_not_belong_together(tmp_path):
     for text in ("{}", "no JSON", '{"spd_calibration": 1}'):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(SPDError, match="is not a calibration"):
-            read_calibration(tmp_path / "c.json", 2)
+            read(tmp_path / "c.json", 2)
     with pytest.raises(SPDError, match="degrees calibrated: 2"):
         fitted_all_reduce({2: 1e-3}, 0, 4)
     with pytest.raises(SPDError, match="no measurements"):
@@ -417,6 +421,6 @@ def test_calibrations_refuse_what_does_not_belong_together(tmp_path):
 
 def test_no_fitted_cost_is_negative():
     calibration = fit(observations())
-    assert isinstance(calibration, Calibration)
-    assert all(cost >= 0 for cost in asdict(calibration.costs).values())
+    assert set(Costs._fields) < set(calibration)
+    assert all(cost >= 0 for cost in calibration.values())
     assert worst([{"error": -0.2}, {"error": 0.1}]) == 0.2

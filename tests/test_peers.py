@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from unittest.mock import MagicMock
 
 import draw_peers
 import pytest
@@ -10,10 +11,10 @@ import torch
 from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
 
 from spd import Plan, SPDModel
-from spd.bench import BenchSettings, Sample, run, saved
+from spd.bench import BenchSettings, Case, Sample, Timed, row_of, run, saved
 from spd.comm import Collective, Link, Shards
 from spd.config import SHAPES, ModelConfig
-from spd.engines import WARMUP, Compiled, Eager, Rates, floors
+from spd.engines import WARMUP, Compiled, Eager, Rates, captured, floors
 from spd.errors import SPDError
 from spd.kernels import linear
 from spd.launch import Runtime, spawn
@@ -97,7 +98,7 @@ def test_the_rotary_table_of_a_capture_is_never_replaced(monkeypatch):
     model = SPDModel.random(replace(TINY, max_positions=512), "tiny", Shards(1)).transformer
     prompt = torch.randint(96, (1, 250), generator=torch.Generator().manual_seed(0))
     met = []
-    monkeypatch.setattr("spd.engines._ready", lambda function, like: met.append(model.rotary.kept) or function)
+    monkeypatch.setattr("spd.engines.called_once", lambda function, shards: met.append(model.rotary.kept) or function)
     engine = Compiled(model, prompt, 10, backend="eager")
     _tokens(engine, 10)
     assert all(table is model.rotary.kept for table in met)
@@ -177,6 +178,40 @@ def test_time_saved_is_compared_with_the_all_reduces_removed_of_the_same_repetit
     assert saved([full], [full]) == {}
 
 
+def test_what_no_clock_saw_is_null_and_not_zero():
+    """As on GPUs, whose collectives are only launched where they are counted."""
+    sums = {"attention": Collective(3, 96), "mlp": Collective(3, 96)}
+    full, dropped = Sample(2.0, None, sums), Sample(1.5, None, {"mlp": Collective(3, 96)})
+    row = row_of(Case(Plan.full(3)), [full])
+    assert row["tpot_ms"] is None and row["communication_ms"] is None
+    assert row["collectives"]["mlp"] == {"count": 3, "bytes": 96, "real_ms": None, "emulated_ms": 0.0}
+    assert saved([full], [dropped]) == {}
+    silent = row_of(Case(Plan.full(3), True), [Sample(1.0, 0.5, {})])
+    assert silent["communication_ms"]["median"] == 0 and silent["tpot_ms"]["median"] == 500
+
+
+def test_a_replay_counts_the_collectives_of_its_capture(monkeypatch):
+    """A CUDA graph runs no Python, so that its collectives would be lost from the count; this one is a stand-in."""
+    shards, calls = Shards(2), []
+
+    def one_pass() -> None:
+        calls.append(shards.all_reduce(torch.zeros(4), "attention"))
+        shards.all_reduce(torch.zeros(4), "mlp")
+        shards.all_reduce(torch.zeros(4), "mlp")
+
+    graph = MagicMock()
+    for name in ("Stream", "stream", "current_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    replay = captured(one_pass, shards)
+    assert len(calls) == WARMUP + 1 and shards.take_collectives() == {}
+    replay()
+    replay()
+    found = shards.take_collectives()
+    assert len(calls) == WARMUP + 1 and graph.replay.call_count == 2
+    assert {point: (one.count, one.bytes) for point, one in found.items()} == {"attention": (2, 32), "mlp": (4, 64)}
+
+
 def test_bounds_are_work_over_rates_plus_the_sync_points():
     rates = Rates(flops=1e9, bytes=1e9, all_reduce={"ttft": 2e-3, "tpot": 1e-3}, all_gather=5e-4)
     passes = timed_passes(TINY, 2, 1, 16, 4, 4)
@@ -190,8 +225,8 @@ def test_bounds_are_work_over_rates_plus_the_sync_points():
 
 
 def test_bench_gives_bounds_and_times_one_shard_alone():
-    settings = BenchSettings(("FF FF FF FF FF FF",), shape="llama-8m", prompt_len=8, new_tokens=1, repeats=2, warmup=0)
-    found = run(Runtime(), 1, settings)
+    sizes = {"prompt_len": 8, "new_tokens": 1, "repeats": 2, "warmup": 0}
+    found = run(Runtime(), Timed(shape="llama-8m"), BenchSettings(("FF FF FF FF FF FF",), **sizes))
     assert found["rates"]["matrix_gflops"] > 0 and found["rates"]["all_reduce"]["ttft_ms"] == 0
     assert found["plans"][0]["floor"]["ttft_ms"] > 0 and "saved" not in found["plans"][0]
     model = {"name": "llama-8m", "fingerprint": "f", "blocks": 6}
@@ -199,8 +234,8 @@ def test_bench_gives_bounds_and_times_one_shard_alone():
     assert table.frame["formula_ms"][0] == found["bounds"]["no_communication"]["ttft_ms"]["median"]
     assert table.frame["ttft_of_bound"][0] > 0 and "GFLOP/s" in table.caption
     plans = ("FF FF FF FF FF FF", "DF DF DF DF DF DF")
-    more = {"prompt_len": 8, "new_tokens": 1, "repeats": 2, "warmup": 0, "share_of": 4, "link": "1GBps,1ms"}
-    found = run(Runtime(), 4, BenchSettings(plans, shape="llama-8m", **more))
+    settings = BenchSettings(plans, alone=True, link="1GBps,1ms", **sizes)
+    found = run(Runtime(), Timed(shape="llama-8m", tp=4), settings)
     times = [row["ttft_ms"] for row in found["predicted"]]
     assert found["world"] == 1 and found["tp"] == 4 and not found["share"]["collectives"]
     assert times[0] - times[1] == pytest.approx(6 * (1 + 1.5 * 8 * 256 * 4 / 1e6))
@@ -209,5 +244,5 @@ def test_bench_gives_bounds_and_times_one_shard_alone():
 
 def test_a_share_alone_needs_a_link_to_predict_over():
     with pytest.raises(SPDError, match="--link"):
-        run(Runtime(), 4, BenchSettings(("FF",), shape="llama-8m", share_of=4))
+        run(Runtime(), Timed(shape="llama-8m", tp=4), BenchSettings(("FF",), alone=True))
     assert SHAPES["llama-8m"].num_blocks == 6
