@@ -19,7 +19,7 @@ DASHES = {"linestyle": (0, (4, 2)), "linewidth": 1.2}
 
 def over_links(records: Sequence[Record]) -> list[Record]:
     """The newest bench record of each link, slowest link first, of the setting last timed; none of fewer than two."""
-    timed = [r for r in records if r["command"] == "bench" and "communication_ms" in value(r, "result", "plans", 0)]
+    timed = [r for r in records if r["command"] == "bench" and value(r, "result", "plans", 0).get("communication_ms")]
     alike = {r["result"]["link"]: r for r in timed if _setting(r) == _setting(timed[-1])}
     return sorted(alike.values(), key=_one_kilobyte, reverse=True) if len(alike) > 1 else []
 

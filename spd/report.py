@@ -263,7 +263,8 @@ def ttft_figure(records: Sequence[Record]) -> Figure:
 
 def _ttft_panel(ax: Axes, table: Table, narrow: bool = False) -> None:
     frame, bounds, bottom = table.frame, table.records[0]["result"].get("bounds") or {}, 0.0
-    for key, (label, colour) in PARTS.items():
+    parts = PARTS if frame["compute_ms"].notna().all() else {"ttft_median_ms": ("computation and collectives", BLUE)}
+    for key, (label, colour) in parts.items():
         if frame[key].any():
             ax.bar(frame.index, frame[key], bottom=bottom, label=label, color=colour, width=0.7, linewidth=0)
         bottom = bottom + frame[key]

@@ -296,7 +296,7 @@ def timings(record: Record) -> pd.DataFrame:
     frame["repeats"] = column(record, "plans", "ttft_ms", "repeats")
     for key in ("real_ms", "emulated_ms"):
         frame[key] = [_of_all_points(record, i, key) for i in frame.index]
-    frame["compute_ms"] = frame["ttft_median_ms"] - frame["real_ms"] - frame["emulated_ms"]
+    frame["compute_ms"] = frame["ttft_median_ms"] - frame["real_ms"] - frame["emulated_ms"]  # NaN where a part is
     for i in frame.index[frame["compute_ms"] < 0]:
         raise SPDError(f"Record {record['id']}, plan {i}: its communication takes longer than its whole median TTFT.")
     for key in ("count", "bytes"):
@@ -320,8 +320,10 @@ def timings(record: Record) -> pd.DataFrame:
 
 
 def _of_all_points(record: Record, i: int, key: str) -> float:
-    """Of plan `i` of a bench record the sum over its sync points."""
+    """Of plan `i` of a bench record the sum over its sync points; NaN where a time was not measured (GPUs)."""
     place = ("result", "plans", i, "collectives")
+    if any(key in spent and spent[key] is None for spent in value(record, *place).values()):
+        return math.nan
     return sum(number(record, *place, point, key) for point in value(record, *place))
 
 
@@ -329,10 +331,12 @@ def ttft_table(records: Sequence[Record]) -> Table:
     record = newest(records, "bench")
     frame = timings(record)
     repeats = "/".join(map(str, sorted(set(frame["repeats"]))))
-    parts = ", real collectives and the emulated link" if frame["emulated_ms"].any() else " and collectives"
+    parts = ", split into computation"
+    parts += ", real collectives and the emulated link" if frame["emulated_ms"].any() else " and collectives"
+    parts = parts if frame["compute_ms"].notna().all() else "; its collectives were not timed"
     formula = "; diamonds: no communication, measured, plus collectives by formula" if "formula_ms" in frame else ""
     caption = (
-        f"Median time to first token of {repeats} runs (error bar: interquartile range), split into computation{parts}"
+        f"Median time to first token of {repeats} runs (error bar: interquartile range){parts}"
         f"{formula}. {timing_words(record)}, {link_words(record)}; {machine(record)}. reduction = 1 - t_p/t_0, speedup"
         " = t_0/t_p."
     )

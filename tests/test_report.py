@@ -336,6 +336,21 @@ def _over(link: str, latency: float, **more) -> dict:
     return result
 
 
+def test_collectives_that_no_clock_saw_are_left_out_of_the_times(put, tmp_path):
+    """As on GPUs: whole bars in place of parts, no transfer time, and no zero that nobody measured."""
+    result = _bench()
+    for plan in result["plans"]:
+        plan["collectives"] = {"mlp": {"count": 4, "bytes": 64, "real_ms": None, "emulated_ms": 0.0}}
+    record = put("bench", result, tp=2)
+    assert "transfer" not in draw_method.figures(load_records([record]))
+    report([record], tmp_path / "out")
+    rows = _rows(tmp_path / "out/ttft.csv")
+    assert [row["real_ms"] for row in rows] == [row["compute_ms"] for row in rows] == ["", "", ""]
+    assert [row["count"] for row in rows] == ["4", "4", "4"] and float(rows[2]["speedup"]) == 40 / 32
+    caption = Image.open(tmp_path / "out/ttft.png").info["Description"]
+    assert "its collectives were not timed" in caption and "split into" not in caption
+
+
 def test_links_are_compared_where_nothing_else_differs(put, tmp_path):
     put("bench", _over("1GBps,9ms", 9.0, prompt_len=99), tp=2)  # another prompt
     put("bench", _over("1GBps,5ms", 7.0), tp=2)  # timed again below
