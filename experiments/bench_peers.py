@@ -6,13 +6,13 @@ where that works, through shared memory.
 """
 
 import random
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from spd.records import hardware
 from spd.transport import ProcessGroup, SharedMemory, Transport
 
 SPD, OVER_GLOO, PEER = "spd", "spd_over_gloo", "transformers"
+TIMES = ("ttft_ms", "tpot_ms")
 
 
 @dataclass(frozen=True)
@@ -48,127 +49,98 @@ class PeerSettings:
     seed: int = 0
 
 
-class Engine(Protocol):
-    """Greedy decoding: `start` forgets everything, `step` reads tokens (B, T) and gives logits (B, vocabulary)."""
-
-    def start(self) -> None: ...
-
-    def step(self, tokens: Tensor) -> Tensor: ...
+Engine = Callable[[Tensor, bool], Tensor]  # tokens (B, T), whether to forget all before them, to logits (B, vocabulary)
 
 
-class Ours:
-    def __init__(self, model: Transformer, transport: Transport | None, settings: PeerSettings):
-        self.model, self.transport = model, transport
-        self.cache = model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
+def ours(model: Transformer, transport: Transport | None, settings: PeerSettings) -> Engine:
+    cache = model.new_cache(settings.batch, settings.prompt_len + settings.new_tokens)
 
-    def start(self) -> None:
-        self.cache.length, self.model.shards.transport = 0, self.transport
+    def step(tokens: Tensor, afresh: bool) -> Tensor:
+        if afresh:
+            cache.length, model.shards.transport = 0, transport
+        return model(tokens, cache, last_only=True)[:, -1]
 
-    def step(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens, self.cache, last_only=True)[:, -1]
+    return step
 
 
-class Theirs:
+def theirs(folder: str, settings: PeerSettings) -> Engine:
     """transformers at its leanest: SDPA, its own cache, logits of the last token only, no `generate` around it."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+    from transformers.utils import logging
 
-    def __init__(self, folder: str, settings: PeerSettings):
-        from transformers import LlamaForCausalLM
-        from transformers.distributed import DistributedConfig
-        from transformers.utils import logging
+    logging.disable_progress_bar()
+    options = {"dtype": DTYPES[settings.dtype], "attn_implementation": "sdpa"}
+    if settings.tp > 1:
+        options["distributed_config"] = DistributedConfig(tp_plan="auto", tp_size=settings.tp)
+    model, cache = LlamaForCausalLM.from_pretrained(folder, **options).eval().requires_grad_(False), None
 
-        logging.disable_progress_bar()
-        split = {} if settings.tp == 1 else {
-            "distributed_config": DistributedConfig(tp_plan="auto", tp_size=settings.tp)}  # fmt: skip
-        options = {"dtype": DTYPES[settings.dtype], "attn_implementation": "sdpa", **split}
-        self.model = LlamaForCausalLM.from_pretrained(folder, **options).eval().requires_grad_(False)
-
-    def start(self) -> None:
-        self.cache = None
-
-    def step(self, tokens: Tensor) -> Tensor:
-        found = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = found.past_key_values
+    def step(tokens: Tensor, afresh: bool) -> Tensor:
+        nonlocal cache
+        found = model(tokens, past_key_values=None if afresh else cache, use_cache=True, logits_to_keep=1)
+        cache = found.past_key_values
         return found.logits[:, -1]
+
+    return step
 
 
 @torch.no_grad()
 def compare(runtime: Runtime, folder: str, settings: PeerSettings) -> dict:
     """Times both engines on the weights in `folder`; every process must call it.
 
-    Returns:
-        `ttft_ms` and `tpot_ms` of each engine, the ratios (transformers over ours: above 1 we are ahead), and how far
-        the logits lie apart. Where transformers cannot split the model, `why_not` says what it raised.
+    Gives `ttft_ms` and `tpot_ms` of each engine, the ratios (transformers over ours: above 1 we are ahead), and how far
+    the first token's logits lie apart. Where transformers cannot split the model, `why_not` says what it raised.
     """
-    engines, why_not = _ours(runtime, folder, settings), {}
-    try:
-        engines[PEER] = Theirs(folder, settings)
-    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        why_not = {"why_not": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = settings.batch, settings.prompt_len
-    prompt = torch.randint(engines[SPD].model.config.vocab_size, size, generator=generator)
-    row = {"shape": settings.shape, "dtype": settings.dtype, "tp": settings.tp, "threads": torch.get_num_threads()}
-    for name, taken in zip(engines, _interleaved(list(engines.values()), prompt, settings), strict=True):
-        row[name] = {"ttft_ms": spread([t for t, _ in taken]), "tpot_ms": spread([t for _, t in taken])}
-    if PEER not in engines:
-        return row | why_not
-    ratios = {name: _ratio(row[PEER], row[name]) for name in engines if name != PEER}
-    return row | {"ratio": ratios, **_agreement((engines[SPD], engines[PEER]), prompt)}
-
-
-def _ours(runtime: Runtime, folder: str, settings: PeerSettings) -> dict[str, Engine]:
-    """The same model once for each transport it can use here."""
     shards = runtime.shards(settings.tp)
     model = SPDModel.from_pretrained(folder, shards=shards, dtype=settings.dtype).transformer
-    engines: dict[str, Engine] = {SPD: Ours(model, shards.transport, settings)}
+    engines = {SPD: ours(model, shards.transport, settings)}
     if isinstance(shards.transport, SharedMemory):
-        engines[OVER_GLOO] = Ours(model, ProcessGroup(), settings)
-    return engines
+        engines[OVER_GLOO] = ours(model, ProcessGroup(), settings)
+    row = {"shape": settings.shape, "dtype": settings.dtype, "tp": settings.tp, "threads": torch.get_num_threads()}
+    try:
+        engines[PEER] = theirs(folder, settings)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        row["why_not"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    generator = torch.Generator().manual_seed(settings.seed)
+    prompt = torch.randint(model.config.vocab_size, (settings.batch, settings.prompt_len), generator=generator)
+    for name, taken in _interleaved(engines, prompt, settings).items():
+        row[name] = {kind: spread(times) for kind, times in zip(TIMES, zip(*taken, strict=True), strict=True)}
+    if PEER not in engines:
+        return row
+    median = {name: {kind: row[name][kind]["median"] for kind in TIMES} for name in engines}
+    peer = median.pop(PEER)
+    ratios = {n: {kind.removesuffix("_ms"): peer[kind] / mine[kind] for kind in TIMES} for n, mine in median.items()}
+    mine, other = (engines[name](prompt, True).float() for name in (SPD, PEER))
+    apart = {"logits_differ": float((mine - other).abs().max()), "logits_up_to": float(other.abs().max())}
+    return {**row, "ratio": ratios, **apart}
 
 
-def _ratio(theirs: dict, ours: dict) -> dict[str, float]:
-    return {kind: theirs[f"{kind}_ms"]["median"] / ours[f"{kind}_ms"]["median"] for kind in ("ttft", "tpot")}
-
-
-def _agreement(engines: Sequence[Engine], prompt: Tensor) -> dict:
-    """Largest difference of the first token's logits, and the largest logit to judge it by."""
-    for engine in engines:
-        engine.start()
-    ours, theirs = (engine.step(prompt).float() for engine in engines)
-    return {"logits_differ": float((ours - theirs).abs().max()), "logits_up_to": float(theirs.abs().max())}
-
-
-def _interleaved(engines: Sequence[Engine], prompt: Tensor, settings: PeerSettings) -> list[list[tuple[float, float]]]:
+def _interleaved(
+    engines: dict[str, Engine], prompt: Tensor, settings: PeerSettings
+) -> dict[str, list[tuple[float, float]]]:
     shuffled = random.Random(settings.seed)  # the same order on every process
 
-    def repetition() -> dict[int, tuple[float, float]]:
-        return {i: _once(engines[i], prompt, settings.new_tokens) for i in shuffled.sample(range(len(engines)),
-                len(engines))}  # fmt: skip
+    def repetition() -> dict[str, tuple[float, float]]:
+        return {name: _once(engines[name], prompt, settings) for name in shuffled.sample(list(engines), len(engines))}
 
     for _ in range(settings.warmup):
         start = time.perf_counter()
         repetition()
-    taken = [repetition() for _ in range(_repeats(settings.seconds / (time.perf_counter() - start)))]
-    return [[one[i] for one in taken] for i in range(len(engines))]
+    repeats = torch.tensor([min(50, max(5, int(settings.seconds / (time.perf_counter() - start))))])
+    dist.broadcast(repeats, 0)  # as many on every process
+    taken = [repetition() for _ in range(int(repeats))]
+    return {name: [one[name] for one in taken] for name in engines}
 
 
-def _repeats(fitting: float) -> int:
-    """At least 5 and at most 50, the same on every process."""
-    count = torch.tensor([min(50, max(5, int(fitting)))])
-    dist.broadcast(count, 0)
-    return int(count)
-
-
-def _once(engine: Engine, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+def _once(engine: Engine, prompt: Tensor, settings: PeerSettings) -> tuple[float, float]:
     """Seconds up to the first token's choice, and a token after it."""
     dist.barrier()
-    engine.start()
     start = time.perf_counter()
-    token = engine.step(prompt).argmax(-1, keepdim=True)
+    token = engine(prompt, True).argmax(-1, keepdim=True)
     first = time.perf_counter()
-    for _ in range(new_tokens):
-        token = engine.step(token).argmax(-1, keepdim=True)
-    return first - start, (time.perf_counter() - first) / new_tokens
+    for _ in range(settings.new_tokens):
+        token = engine(token, False).argmax(-1, keepdim=True)
+    return first - start, (time.perf_counter() - first) / settings.new_tokens
 
 
 def compare_all(
@@ -178,11 +150,7 @@ def compare_all(
     progress: Callable[[int], None] = lambda n: None,
     **more,
 ) -> dict:
-    """The whole table: a row for every shape, dtype and degree.
-
-    Raises:
-        SPDError: an unknown shape or dtype, a degree that a shape does not allow, more processes than cores.
-    """
+    """The whole table: a row for every shape, dtype and degree; `more` goes to each row's `PeerSettings`."""
     for shape, tp in product(shapes, degrees):
         named_shape(shape).validate_tp(tp)
     for dtype in dtypes:
@@ -197,20 +165,15 @@ def compare_all(
                 rows.append(spawn(tp, compare, folder, PeerSettings(shape, dtype, tp, **more), transport=transport))
                 progress(1)
     ratios = [ratio for row in rows for engine in row.get("ratio", {}).values() for ratio in engine.values()]
-    return {
-        "rows": rows, "least_ratio": min(ratios, default=None), "transport": transport, "hardware": hardware()
-    }  # fmt: skip
+    least = min(ratios, default=None)
+    return {"rows": rows, "least_ratio": least, "transport": transport, "hardware": hardware()}
 
 
 def degrees_of(spec: str) -> list[int]:
     """From `1,2`. Raises SPDError showing the form."""
-    try:
-        degrees = [int(part) for part in spec.split(",")]
-    except ValueError:
-        degrees = [0]
-    if min(degrees) < 1:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", spec):
         raise SPDError(f"'{spec}' does not give numbers of processes; write them as in 1,2.")
-    return degrees
+    return [int(part) for part in spec.split(",")]
 
 
 def write_random(config: ModelConfig, folder: Path, seed: int) -> None:
