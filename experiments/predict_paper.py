@@ -128,7 +128,8 @@ def stated_link(setting: str) -> Link:
 def lean_all_reduce(setting: str) -> AllReduce:
     """NCCL's table for HBW; for LBW the slower of it and the ring over the stated slowest hop, which sets the pace."""
     table, stated = measured(setting), link_all_reduce(stated_link(setting), TP)
-    return table if setting.endswith("HBW") else lambda payload: max(table(payload), stated(payload))
+    slower = AllReduce(f"{table.name}, or {stated.name}", lambda payload: max(table(payload), stated(payload)))
+    return table if setting.endswith("HBW") else slower
 
 
 def axis_fill() -> float:
@@ -229,11 +230,11 @@ def figure7_summary() -> list[dict]:
 
 def where_time_goes() -> list[dict]:
     """Milliseconds by part at 0 %, for each model, setting and of TTFT and TPOT, in the lean regime."""
-    rows = []
-    for kind, shape, setting in product(("ttft", "tpot"), PAPER["models"], SETTINGS):
-        parts = prediction(shape, setting, None).dropping(kind, 0).parts_ms()
-        rows.append({"time": kind, "shape": shape, "setting": setting, "parts_ms": parts})
-    return rows
+    return [
+        {"time": kind, "shape": shape, "setting": setting}
+        | {"parts_ms": prediction(shape, setting, None).dropping(kind, 0).parts_ms()}
+        for kind, shape, setting in product(("ttft", "tpot"), PAPER["models"], SETTINGS)
+    ]
 
 
 def heat_map() -> dict:
