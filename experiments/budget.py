@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spd.cli import main
-from spd.closed_form import ClosedForm
+from spd.closed_form import JOINT_FEATURES, PLACEMENT_TOKENS, SWEEPS
 from spd.config import DTYPES, HUB_IDS, SHAPES, ModelConfig
 from spd.distill import DISTILL, GROUP, Recipe, dropped_blocks, recipe_named, split, total_steps
 from spd.errors import SPDError
@@ -174,18 +174,18 @@ def _distilled(job: Job, learnt: int, held_out: int, recipe: Recipe, block_class
 
 def _closed_form(job: Job, windows: int) -> Budget:
     """A block: corrections, twice; placement; refits with and without attention, by Gram matrix or in sweeps."""
-    c, limits, tokens = job.config, ClosedForm(), windows * job.seq_len
+    c, tokens = job.config, windows * job.seq_len
     d, f, gpus = c.hidden_size, c.intermediate_size, job.processes
     found = Budget(job.seconds(8 * windows * job.block_flops))  # errors and features
-    found = found.then(Budget(job.seconds(min(tokens, limits.placement_tokens) * (job.tp + 1) * 4 * d * f)))
+    found = found.then(Budget(job.seconds(min(tokens, PLACEMENT_TOKENS) * (job.tp + 1) * 4 * d * f)))
     found = found.then(_regression(job, tokens, job.tp, d), 2)
     for features in (f + d, f):
-        if gpus == 1 and features <= limits.joint_features:
+        if gpus == 1 and features <= JOINT_FEATURES:
             found = found.then(_regression(job, tokens, 1, features))
         else:
             a_sweep = windows * job.block_flops + tokens * 4 * features * d + 4 * features * features / job.tp * d
             found = found.then(_regression(job, tokens, job.tp, features / job.tp))
-            found = found.then(Budget(job.seconds(a_sweep)), limits.sweeps)
+            found = found.then(Budget(job.seconds(a_sweep)), SWEEPS)
     copies = 2 * 4 * job.block_parameters / gpus + tokens * c.num_heads * c.head_dim * 4 / gpus
     return replace(found, device_bytes=copies + found.device_bytes)
 

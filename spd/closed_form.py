@@ -20,30 +20,95 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spd.block_inputs import (
-    POINT,
-    Batch,
-    Calibration,
-    Original,
-    Site,
-    accumulated,
-    all_reduced,
-    attended,
-    features_of,
-    missing_of,
-    output_error,
-)
+from spd.block_inputs import POINT, Batch, DroppedBlock
 from spd.comm import Shards
 from spd.layout import balanced_assignment, permute_neurons
-from spd.least_squares import Coefficients, Moments, Rows, best_ridge, conjugate_gradients
-from spd.model import Attention, Block
+from spd.least_squares import best_ridge, conjugate_gradients
+from spd.model import Attention, Block, shard_linear
+
+PLACEMENT_TOKENS = 16_384  # on which neurons are compared
+JOINT_FEATURES = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
+SWEEPS = 30  # over the data, where the shards' solutions are reconciled instead
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Which steps are taken."""
+
+    centre: bool = True
+    correct: bool = True
+    place: bool = True
+    refit: bool = True
+    refit_attention: bool = True  # the output projection too; without it where it does not help
+
+
+@torch.no_grad()
+def repair_block(
+    dropped: DroppedBlock, options: ClosedForm = ClosedForm(), saved: Mapping[str, Tensor] | None = None
+) -> dict:
+    """Repairs one block for a dropped attention sync, in place; every process ends with the same decision.
+
+    A repair that would end worse than the block as it was, or not finite, is undone, with the caller's copy `saved`
+    of its parameters where there is one (with biases, if options ask for centring: `Attention.add_biases`).
+
+    Returns:
+        `error_before`, `error_after` (mean squared error of the block's output on all the calibration data),
+        `steps` (name and error after it of every step taken) and `kept` (False: undone).
+    """
+    block = dropped.block
+    if options.centre:
+        block.attention.add_biases()
+    saved = copy.deepcopy(block.state_dict()) if saved is None else saved
+    before = dropped.error()
+    steps = dict(_steps(dropped, options)) if math.isfinite(before) else {}
+    after = next(reversed(steps.values()), before)
+    kept = after <= before  # False for NaN
+    if not kept:
+        block.load_state_dict(saved)
+    return {"error_before": before, "error_after": after if kept else before, "steps": steps, "kept": kept}
+
+
+def _steps(dropped: DroppedBlock, options: ClosedForm) -> Iterator[tuple[str, float]]:
+    """Takes the steps; yields each one's name and the error after it."""
+    block = dropped.block
+    if options.centre:
+        total = sum(batch.mixed.sum((1, 2), dtype=torch.double) for batch in dropped.batches())
+        centre_heads(block.attention, total / dropped.tokens, dropped.shards)
+        yield "centre", dropped.error()
+    dropped = dropped.remember_heads()
+    out = block.attention.out.weight.clone()  # of the input that a shard should see, whatever becomes of the block
+    corrections = input_corrections(dropped, out) if options.correct else None
+    if options.place:
+        place_neurons(dropped, corrections)
+    gate_up = block.mlp.gate_up.weight.clone()
+    if options.correct:
+        correct(block, gate_up, corrections)
+    placed = dropped.error()
+    if options.place or options.correct:
+        yield ", ".join(["place"] * options.place + ["correct"] * options.correct), placed
+    if not options.refit:
+        return
+    if options.refit_attention:
+        down = block.mlp.down.weight.clone()
+        ridge = refit(dropped, attention=True)
+        if options.correct:  # the shards' inputs have changed
+            correct(block, gate_up, input_corrections(dropped, out))
+        refit(dropped, ridge=ridge)
+        error = dropped.error()
+        if error < placed:
+            yield "refit with attention", error
+            return
+        block.mlp.down.weight.copy_(down)
+        block.attention.out.weight.copy_(out)
+        if options.correct:
+            correct(block, gate_up, corrections)
+    refit(dropped)
+    yield "refit", dropped.error()
 
 
 @torch.no_grad()
@@ -63,279 +128,118 @@ def centre_heads(attention: Attention, gathered: Tensor, shards: Shards) -> None
 
 
 @torch.no_grad()
-def input_corrections(site: Site, original: Original, data: Calibration) -> Coefficients:
-    """What to add to each hosted shard's MLP input, predicted from it, for the input it would have without a drop.
+def input_corrections(dropped: DroppedBlock, out: Tensor) -> Tensor:
+    """Matrices (S, D, D): what to add to each hosted shard's MLP input, predicted from it, for the one it should see.
 
-    `original` says which undropped MLP input is wanted, on the student's inputs; `site.block` may differ from it in
-    its attention output projection. Inputs are meant after the norm. A shard for which no ridge predicts better on
-    held-out windows than its own input is given no correction.
+    That is the input of an undropped block with the output projections `out` (S, D, h d). Inputs are meant after the
+    norm. A shard for which no ridge predicts better on held-out windows than its own input is given no correction.
     """
-    shards, width = site.shards.k, site.config.hidden_size
-    few, device = data.tokens < width, original.block.mlp_norm.weight.device
+    norm = dropped.block.mlp_norm
 
     def seen_and_lacking(batch: Batch) -> tuple[Tensor, Tensor]:
-        stream = original.attended(batch)
-        wanted = original.block.mlp_norm(stream.x + all_reduced(site, stream.pending))
-        seen = site.block.mlp_norm(attended(site.block, batch).read())
-        return seen, wanted - seen
+        seen, whole = norm(dropped.attended(batch).read()), dropped.attended(batch, out)
+        return seen, norm(whole.x + dropped.pending(whole)) - seen
 
-    statistics = Rows if few else partial(Moments, shards, width, width, device)
-    fit, held_out = accumulated(site, data, statistics, seen_and_lacking)
-    return (fit + held_out).solve(best_ridge(fit, held_out))
-
-
-@torch.no_grad()
-def apply_corrections(block: Block, original: Original, corrections: Coefficients) -> None:
-    """Gate and up projections of `block` become the original's after the corrections, a shard at a time."""
-    for shard, weight in enumerate(original.gate_up[:, None]):
-        change = corrections[shard : shard + 1].after(weight)
-        block.mlp.gate_up.weight[shard] = (weight.to(change) + change)[0].to(weight)
-
-
-PLACEMENT_TOKENS = 16_384  # on which neurons are compared
+    fit, held_out = dropped.moments(seen_and_lacking)
+    ridges = best_ridge(fit, held_out)
+    fit += held_out
+    return fit.solve(ridges)
 
 
 @torch.no_grad()
-def placement_costs(site: Site, data: Calibration, corrections: Coefficients | None, tokens: int) -> Tensor:
+def correct(block: Block, gate_up: Tensor, corrections: Tensor) -> None:
+    """Gate and up projections become `gate_up` (S, 2n, D) after the corrections, in place, a shard at a time."""
+    for weight, original, correction in zip(block.mlp.gate_up.weight, gate_up, corrections, strict=True):
+        original = original.to(correction)
+        weight.copy_(original + original @ correction)
+
+
+@torch.no_grad()
+def placement_costs(dropped: DroppedBlock, corrections: Tensor | None = None) -> Tensor:
     """Squared error (F, tp) each neuron would cause in the block's output, summed over tokens, on each shard.
 
     The neuron's activation on the shard's input (after `corrections`, where given) against that on the
     undropped input, times the squared norm of its column of the down projection. Each process reckons its hosted
     shards' columns for all F neurons.
     """
-    block, shards = site.block, site.shards
-    weight, bias, power = all_neurons(block, shards)
-    costs = torch.zeros(shards.k, weight.shape[1], dtype=torch.double, device=weight.device)
-    for batch in data.batches(site, tokens):
-        stream = attended(block, batch)
-        wanted = activations_of(block.mlp_norm(stream.x + all_reduced(site, stream.pending)), weight, bias)
-        for shard, pending in enumerate(stream.pending):
-            seen = block.mlp_norm(stream.x + pending)
+    block, shards, bias = dropped.block, dropped.shards, dropped.block.mlp.gate_up.bias
+    weight = shards.gather(block.mlp.gate_up.weight)
+    bias = None if bias is None else shards.gather(bias)
+
+    def activations(x: Tensor) -> Tensor:
+        """Of all neurons, (tp, B, T, n), on one input (B, T, D)."""
+        gate, up = shard_linear(x[None], weight, bias).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    power = shards.gather(block.mlp.down.weight.square().sum(1, dtype=torch.double)).flatten()
+    costs = torch.zeros(shards.k, len(power), dtype=torch.double, device=power.device)
+    for batch in dropped.batches(PLACEMENT_TOKENS):
+        stream = dropped.attended(batch)
+        wanted = activations(block.mlp_norm(stream.x + dropped.pending(stream)))
+        for shard, seen in enumerate(block.mlp_norm(stream.read())):
             if corrections is not None:
-                seen = seen + corrections[shard : shard + 1](seen[None])[0].to(seen)
-            error = activations_of(seen, weight, bias) - wanted
-            costs[shard] += error.float().square().sum((0, 1))
+                seen = seen + (seen.to(corrections) @ corrections[shard].mT).to(seen)
+            costs[shard] += (activations(seen) - wanted).float().square().sum((1, 2)).flatten()
     return shards.gather(costs * power).T
 
 
-def all_neurons(block: Block, shards: Shards) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gate and up rows (2, F, D) of all shards, their biases (2, F), and the down columns' squared norms (F,)."""
-    mlp, halves = block.mlp, (2, -1)
-    weight = shards.gather(mlp.gate_up.weight).unflatten(1, halves).transpose(0, 1).flatten(1, 2)
-    bias = mlp.gate_up.bias
-    if bias is not None:
-        bias = shards.gather(bias).unflatten(1, halves).transpose(0, 1).flatten(1, 2)
-    return weight, bias, shards.gather(mlp.down.weight.square().sum(1, dtype=torch.double)).flatten()
-
-
-def activations_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    gate, up = (F.linear(x, weight[half], None if bias is None else bias[half]) for half in (0, 1))
-    return F.silu(gate) * up
+@torch.no_grad()
+def place_neurons(dropped: DroppedBlock, corrections: Tensor | None = None) -> None:
+    """Moves every neuron to the shard that serves it best, equally many to each."""
+    costs = placement_costs(dropped, corrections)
+    shard = torch.from_numpy(balanced_assignment(costs.cpu().numpy()))
+    order = dropped.shards.agreed(shard.argsort(stable=True).to(costs.device))
+    permute_neurons(dropped.block, order, dropped.shards)
 
 
 @torch.no_grad()
-def place_neurons(
-    site: Site, data: Calibration, corrections: Coefficients | None = None, tokens: int = PLACEMENT_TOKENS
-) -> float:
-    """Moves every neuron to the shard that serves it best, equally many to each; the summed cost that remains."""
-    costs = placement_costs(site, data, corrections, tokens).cpu().numpy()
-    shard = balanced_assignment(costs)
-    permute_neurons(site.block, torch.from_numpy(np.argsort(shard, kind="stable")), site.shards)
-    return float(costs[np.arange(len(shard)), shard].sum())
-
-
-JOINT_FEATURES = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
-SWEEPS = 30  # over the data, where the shards' solutions are reconciled instead
-
-
-@torch.no_grad()
-def refit(
-    site: Site,
-    data: Calibration,
-    attention: bool = False,
-    ridge: float | None = None,
-    joint_features: int = JOINT_FEATURES,
-    sweeps: int = SWEEPS,
-) -> float:
+def refit(dropped: DroppedBlock, attention: bool = False, ridge: float | None = None) -> float:
     """Ridge regression of all shards' down projections, jointly, on what the block's output misses; in place.
 
     With `attention` the attention output projections join, as if they did not feed the MLP: the MLP's input changes
-    with them, so that the block needs correcting and refitting after it.
+    with them, so that the block needs correcting and refitting after it. Where one process holds all features and
+    they are not too many, one Gram matrix of all of them gives the solution; otherwise there is one a shard, and only
+    predictions (B, T, D) travel. The ridge is then the one which serves best when each shard regresses by itself.
 
     Returns:
         The ridge, the one given or else the one that served the held-out windows best; inf: nothing was changed. A
         choice on windows that an earlier refit has seen would favour no change.
     """
-    features = site.config.intermediate_size + (site.config.hidden_size if attention else 0)
-    if data.tokens < features:
-        change, ridge = _refit_rows(site, data, attention, ridge)
-    elif site.shards.world == 1 and features <= joint_features:
-        change, ridge = _refit_joint(site, data, attention, ridge)
-    else:
-        change, ridge = _refit_sweeps(site, data, attention, ridge, sweeps)
-    down, out = site.block.mlp.down.weight, site.block.attention.out.weight
-    for shard in range(site.shards.k):
-        mine = change[shard : shard + 1].dense()[0]
-        for weight, part in ((down[shard], mine[:, : down.shape[2]]), (out[shard], mine[:, down.shape[2] :])):
-            if part.shape[1]:
-                weight.copy_((weight.to(part) + part).to(weight))
-    return ridge
-
-
-def _feature_count(site: Site, attention: bool) -> int:
-    mlp, out = site.block.mlp.down.weight, site.block.attention.out.weight
-    return mlp.shape[2] + (out.shape[2] if attention else 0)
-
-
-def _refit_rows(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Coefficients, float]:
-    """Changes (S, D, p) of the projections where tokens are fewer than features; only kernels of tokens travel."""
-
-    def joint(parts: Tensor) -> Tensor:
-        return site.shards.all_reduce(parts.sum(0, keepdim=True), POINT)
+    block, shards, config = dropped.block, dropped.shards, dropped.model.config
+    down, out = block.mlp.down.weight, block.attention.out.weight
+    count = config.intermediate_size + config.num_heads * config.head_dim * attention
+    joint = shards.world == 1 and count <= JOINT_FEATURES
 
     def pair(batch: Batch) -> tuple[Tensor, Tensor]:
-        features, stream = features_of(site, batch, attention)
-        return features, missing_of(site, batch, stream)[None]
-
-    fit, held_out = accumulated(site, data, partial(Rows, joint), pair)
-    ridge = best_ridge(fit, held_out).item() if ridge is None else ridge
-    return (fit + held_out).solve(ridge), ridge
-
-
-def _refit_joint(site: Site, data: Calibration, attention: bool, ridge: float | None) -> tuple[Coefficients, float]:
-    """The same from one Gram matrix of all S p features."""
-    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
-
-    def pair(batch: Batch) -> tuple[Tensor, Tensor]:
-        features, stream = features_of(site, batch, attention)
-        return features.movedim(0, -2).flatten(-2)[None], missing_of(site, batch, stream)[None]  # (1, B, T, S p)
-
-    statistics = partial(Moments, 1, shards * count, width, site.block.mlp_norm.weight.device)
-    fit, held_out = accumulated(site, data, statistics, pair)
-    ridge = best_ridge(fit, held_out).item() if ridge is None else ridge
-    found = (fit + held_out).solve(ridge).dense()[0]
-    return Coefficients(found.unflatten(1, (shards, count)).movedim(1, 0)), ridge
-
-
-def _refit_sweeps(
-    site: Site, data: Calibration, attention: bool, ridge: float | None, sweeps: int
-) -> tuple[Coefficients, float]:
-    """The same with one Gram matrix a shard: only predictions (B, T, D) travel between processes.
-
-    The ridge is the one which serves best when each shard regresses by itself.
-    """
-    shards, count, width = site.shards.k, _feature_count(site, attention), site.config.hidden_size
-
-    def pair(batch: Batch) -> tuple[Tensor, Tensor]:
-        features, stream = features_of(site, batch, attention)
-        return features, missing_of(site, batch, stream).expand(shards, -1, -1, -1)
+        features, missing = dropped.features(batch, attention)
+        if joint:
+            return features.movedim(0, -2).flatten(-2)[None], missing[None]  # (1, B, T, S p)
+        return features, missing.expand(shards.k, -1, -1, -1)
 
     def total(errors: Tensor) -> Tensor:
-        return site.shards.all_reduce(errors.sum(1, keepdim=True), POINT)
+        return shards.all_reduce(errors.sum(1, keepdim=True), POINT)
 
     def apply(coefficients: Tensor) -> Tensor:
+        """Cross moments (S, D, p) of the features with what the coefficients (S, D, p) predict from all of them."""
         cross = torch.zeros_like(coefficients)
-        for batch in data.batches(site):
-            features = features_of(site, batch, attention)[0].float().flatten(1, 2)
-            prediction = site.shards.all_reduce((features @ coefficients.mT.float()).sum(0), POINT)
+        for batch in dropped.batches():
+            features = dropped.features(batch, attention)[0].float().flatten(1, 2)
+            prediction = shards.all_reduce((features @ coefficients.mT.float()).sum(0), POINT)
             cross += prediction.mT @ features
         return cross
 
-    statistics = partial(Moments, shards, count, width, site.block.mlp_norm.weight.device)
-    fit, held_out = accumulated(site, data, statistics, pair)
-    ridge = best_ridge(fit, held_out, total).item() if ridge is None else ridge
-    if not np.isfinite(ridge):
-        return Coefficients(torch.zeros_like(fit.cross)), ridge
-    both = fit + held_out
-    found = conjugate_gradients(both, ridge, apply, lambda size: site.shards.all_reduce(size, POINT), sweeps)
-    return Coefficients(found), ridge
-
-
-@dataclass(frozen=True)
-class ClosedForm:
-    """Which steps are taken, and their limits."""
-
-    centre: bool = True
-    correct: bool = True
-    place: bool = True
-    refit: bool = True
-    refit_attention: bool = True  # the output projection too; without it where it does not help
-    joint_features: int = JOINT_FEATURES  # beyond it no Gram matrix of all shards is formed
-    sweeps: int = SWEEPS  # over the data, where the shards' solutions are reconciled instead
-    placement_tokens: int = PLACEMENT_TOKENS  # on which neurons are compared
-    remember_heads: bool = True  # keep what the heads gather: a third activation stream, a third of the time
-
-
-@torch.no_grad()
-def repair_block(
-    site: Site, data: Calibration, options: ClosedForm = ClosedForm(), saved: Mapping[str, Tensor] | None = None
-) -> dict:
-    """Repairs one block for a dropped attention sync, in place; every process ends with the same decision.
-
-    A repair that would end worse than the block as it was, or not finite, is undone, with the caller's copy `saved`
-    of its parameters where there is one (with biases, if options ask for centring: `Attention.add_biases`).
-
-    Returns:
-        `error_before`, `error_after` (mean squared error of the block's output on all the calibration data),
-        `steps` (name and error after it of every step taken) and `kept` (False: undone).
-    """
-    if options.centre:
-        site.block.attention.add_biases()
-    saved = copy.deepcopy(site.block.state_dict()) if saved is None else saved
-    before, steps = output_error(site, data), {}
-    if math.isfinite(before):
-        steps = dict(_steps(site, data, options))
-    after = next(reversed(steps.values()), before)
-    kept = after <= before  # False for NaN
-    if not kept:
-        site.block.load_state_dict(saved)
-    return {"error_before": before, "error_after": after if kept else before, "steps": steps, "kept": kept}
-
-
-def _steps(site: Site, data: Calibration, options: ClosedForm) -> Iterator[tuple[str, float]]:
-    """Takes the steps; yields each one's name and the error after it."""
-    block = site.block
-    if options.centre:
-        centre(site, data)
-        yield "centre", output_error(site, data)
-    if options.remember_heads:
-        data = data.remember_heads(site)
-    as_it_is = Original(block, block.mlp.gate_up.weight, block.attention.out.weight)
-    corrections = input_corrections(site, as_it_is, data) if options.correct else None
-    if options.place:
-        place_neurons(site, data, corrections, options.placement_tokens)
-    original = Original.of(block)
-    if corrections is not None:
-        apply_corrections(block, original, corrections)
-    placed = output_error(site, data)
-    if options.place or options.correct:
-        yield ", ".join(["place"] * options.place + ["correct"] * options.correct), placed
-    if not options.refit:
-        return
-    fit = partial(refit, site, data, joint_features=options.joint_features, sweeps=options.sweeps)
-    if options.refit_attention:
-        unfitted = block.mlp.down.weight.clone()
-        ridge = fit(attention=True)
-        if options.correct:  # the shards' inputs have changed
-            apply_corrections(block, original, input_corrections(site, original, data))
-        fit(ridge=ridge)
-        error = output_error(site, data)
-        if error < placed:
-            yield "refit with attention", error
-            return
-        block.mlp.down.weight.copy_(unfitted)
-        block.attention.out.weight.copy_(original.out)
-        if corrections is not None:
-            apply_corrections(block, original, corrections)
-    fit()
-    yield "refit", output_error(site, data)
-
-
-@torch.no_grad()
-def centre(site: Site, data: Calibration) -> None:
-    """Gives the mean of what the heads gather to all shards by the attention's biases, in place."""
-    total, tokens = 0.0, 0
-    for batch in data.batches(site):
-        total = total + batch.mixed.sum((1, 2), dtype=torch.double)
-        tokens += batch.mixed.shape[1] * batch.mixed.shape[2]
-    centre_heads(site.block.attention, total / tokens, site.shards)
+    moments, held_out = dropped.moments(pair)
+    if ridge is None:
+        ridge = shards.agreed(best_ridge(moments, held_out, total)).item()
+    if not math.isfinite(ridge):
+        return ridge
+    moments += held_out
+    if joint:
+        change = moments.solve(ridge)[0].unflatten(1, (shards.k, -1)).movedim(1, 0)
+    else:
+        change = conjugate_gradients(moments, ridge, apply, lambda size: shards.all_reduce(size, POINT), SWEEPS)
+    neurons = down.shape[2]
+    down.copy_(down.double() + change[..., :neurons])
+    if attention:
+        out.copy_(out.double() + change[..., neurons:])
+    return ridge

@@ -209,6 +209,10 @@ class Shards:
             return tensor
         return torch.cat(self.transport.all_gather(tensor.contiguous()))
 
+    def agreed(self, decision: torch.Tensor) -> torch.Tensor:
+        """What process 0 decided, on every process, lest rounding part them; uncounted, for offline work."""
+        return decision if self.world == 1 else self.transport.all_gather(decision.contiguous())[0]
+
     def align(self) -> None:
         """Waits until every process is here, uncounted; where one alone stands for all of them, there is no wait."""
         if self.transport is not None:

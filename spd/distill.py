@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd.block_inputs import Calibration, Site
+from spd.block_inputs import DroppedBlock
 from spd.checkpoint import changed_tensors
 from spd.closed_form import ClosedForm, repair_block
 from spd.data import digest_of
@@ -275,9 +275,8 @@ def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor]) -> dict:
     transformer, i, windows = case.inputs.model, case.index, case.inputs.windows
     rows = windows.batches(stop=windows.given)  # its own text would double the time for little
     inputs, targets = (Again(rows, lambda some, a=a: a.at(some)[0].x) for a in (case.inputs, case.targets))
-    site = Site(transformer.blocks[i], i, transformer.shards, transformer.config)
     saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
-    return repair_block(site, Calibration(inputs, targets, transformer.context), options, saved)["steps"]
+    return repair_block(DroppedBlock(transformer, i, inputs, targets), options, saved)["steps"]
 
 
 def _group(case: Case, seed: int) -> dict:

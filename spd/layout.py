@@ -1,16 +1,13 @@
-"""Head grouping: which heads share a shard, and with which part of the MLP (section 4.2.4, equations 2 and 3).
+"""Which heads and neurons share a shard: another tensor-parallel layout of the same dense function (section 4.2.4).
 
-What moves is a unit: a key/value head with its query heads (a single head where every query has its own keys). The
-dense model is unchanged by it; a block whose attention sync is dropped is not.
+Where every sync point is `full` a block computes the same before and after, up to the order of its sums. Where the
+attention sync is dropped, the layout decides what is lost. Heads are spread over the shards by equation 2 and matched
+with parts of the MLP by equation 3; neurons are shared out by what each would cost on each shard (`closed_form`).
 
-Moving heads and neurons between shards: another tensor-parallel layout of the same dense function.
-
-Where every sync point is `full` a block computes the same before and after, up to the order of its sums. Where
-the attention sync is dropped, which heads and neurons share a shard decides what is lost (section 4.2.4).
+What moves of the attention is a unit: a key/value head with its query heads.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 
@@ -24,7 +21,13 @@ from spd.config import ModelConfig
 from spd.errors import SPDError
 from spd.model import Block, Context
 
-# ---------------------------------------------------------------- Moving heads and neurons between shards: an
+EXACT_UNITS = 16  # up to here all groupings are searched: half a million steps at the most
+RANDOM_SPLITS = 1000  # to compare with
+PRICE_ROUNDS = 4
+RESTARTS = 32  # of these are improved where there are more units
+SCORES_AT_ONCE = 2**25  # attention scores held at a time, of all heads together
+
+# Moving
 
 
 @torch.no_grad()
@@ -41,13 +44,12 @@ def permute_heads(block: Block, order: Sequence[int] | Tensor, shards: Shards, c
         raise SPDError(
             f"Heads cannot be reordered at tp={shards.tp}: the {config.num_kv_heads} key/value heads are replicated."
         )
-    attention = block.attention
-    order = _checked(order, config.num_kv_heads, "key/value groups")
-    sizes = [attention.h * attention.head_dim] + 2 * [attention.g * attention.head_dim]
-    _permute_rows(attention.qkv.weight, sizes, attention.g, order, shards)
-    if attention.qkv.bias is not None:
-        _permute_rows(attention.qkv.bias, sizes, attention.g, order, shards)
-    _permute_rows(attention.out.weight.transpose(1, 2), sizes[:1], attention.g, order, shards)
+    attention, size = block.attention, block.attention.head_dim
+    queries_keys_values = [attention.h * size, attention.g * size, attention.g * size]
+    parts = [
+        p for t in (attention.qkv.weight, attention.qkv.bias) if t is not None for p in t.split(queries_keys_values, 1)
+    ]
+    _permute([*parts, attention.out.weight.mT], order, attention.g, "key/value groups", shards)
 
 
 @torch.no_grad()
@@ -60,42 +62,31 @@ def permute_neurons(block: Block, order: Sequence[int] | Tensor, shards: Shards)
         SPDError: not an order of the F neurons.
     """
     mlp = block.mlp
-    neurons = mlp.down.weight.shape[2]
-    order = _checked(order, neurons * shards.tp, "MLP neurons")
-    _permute_rows(mlp.gate_up.weight, [neurons, neurons], neurons, order, shards)
-    if mlp.gate_up.bias is not None:
-        _permute_rows(mlp.gate_up.bias, [neurons, neurons], neurons, order, shards)
-    _permute_rows(mlp.down.weight.transpose(1, 2), [neurons], neurons, order, shards)
+    parts = [p for t in (mlp.gate_up.weight, mlp.gate_up.bias) if t is not None for p in t.chunk(2, 1)]
+    _permute([*parts, mlp.down.weight.mT], order, mlp.down.weight.shape[2], "MLP neurons", shards)
 
 
-def _checked(order: Sequence[int] | Tensor, count: int, things: str) -> Tensor:
-    order = torch.as_tensor(order, dtype=torch.long)
+def _permute(parts: list[Tensor], order: Sequence[int] | Tensor, units: int, things: str, shards: Shards) -> None:
+    """Reorders the rows of each part (k, rows, ...), in place: equal pieces, `units` on each of the tp shards."""
+    order, count = torch.as_tensor(order, dtype=torch.long), units * shards.tp
     if order.shape != (count,) or not torch.equal(order.sort().values.cpu(), torch.arange(count)):
         raise SPDError(f"An order of {count} {things} must name each of 0..{count - 1} once.")
-    return order
-
-
-def _permute_rows(stacked: Tensor, sizes: list[int], units: int, order: Tensor, shards: Shards) -> None:
-    """Reorders the rows of (k, rows, ...), in place.
-
-    The rows of a shard are parts of `sizes`, and each part is `units` equal pieces; pieces are what moves, those of
-    one unit together. `order` counts units over all tp shards.
-    """
-    for part in stacked.split(sizes, dim=1):
+    mine = order.view(shards.tp, units)[shards.hosted.start : shards.hosted.stop]
+    for part in parts:
         pieces = shards.gather(part).unflatten(1, (units, -1)).flatten(0, 1)  # (tp * units, rows of one, ...)
-        mine = order.view(shards.tp, units)[shards.hosted.start : shards.hosted.stop]
         part.copy_(pieces[mine.to(pieces.device)].flatten(1, 2))
 
 
-# ---------------------------------------------------------------- Sharing out many things over few shards: an
+# Neurons
 
 
 def balanced_assignment(cost: np.ndarray) -> np.ndarray:
     """The shard (F,) of each of F things, F / S on every shard, with the least sum of `cost` (F, S).
 
-    Starts from a greedy assignment and moves things along negative cycles of the graph of shards, where an arc from
-    s to t costs what its cheapest mover would: F stays large and the graph has only S nodes. No negative cycle is
-    left exactly when the assignment is optimal (Klein's theorem on minimum-cost flows).
+    Each goes where cost and the shard's price are least, prices being such that the shards' numbers are about even;
+    then, one after another, things move along the cheapest path from a shard that has too many to one that has too
+    few. A step of a path, from s to t, moves the thing of s that loses least by it, so that the graph has only S
+    nodes. Whatever numbers the shards hold meanwhile, no assignment with these is cheaper (successive shortest paths).
 
     Raises:
         SPDError: costs that are not finite, or F not a multiple of S.
@@ -105,114 +96,66 @@ def balanced_assignment(cost: np.ndarray) -> np.ndarray:
         raise SPDError(f"{things} things cannot be shared out evenly over {shards} shards.")
     if not np.isfinite(cost).all():
         raise SPDError("The costs of an assignment are not finite.")
-    shard = _greedy(cost)
-    tolerance = 1e-12 * max(float(np.abs(cost).max()), np.finfo(float).tiny)
-    movers, arcs = np.zeros((shards, shards), dtype=int), np.full((shards, shards), np.inf)
-    stale = range(shards)
+    share, prices = things // shards, np.zeros(shards)
+    for s in PRICE_ROUNDS * list(range(shards)):  # `share` things prefer s to any other
+        prices[s] = 0
+        others = np.delete(cost + prices, s, axis=1).min(1, initial=np.inf)
+        prices[s] = np.partition(others - cost[:, s], -share)[-share]
+    shard = (cost + prices).argmin(1)
+    toll = 1e-12 * max(float(np.abs(cost).max()), np.finfo(float).tiny)  # lest rounding make a circle of steps a gain
+    movers, steps = np.zeros((shards, shards), dtype=int), np.full((shards, shards), np.inf)
+    changed = range(shards)
     while True:
-        for s in stale:
-            members = np.flatnonzero(shard == s)
-            change = cost[members] - cost[members, s, None]
-            movers[s], arcs[s] = members[change.argmin(0)], change.min(0)
-            arcs[s, s] = np.inf
-        cycle = negative_cycle(arcs, tolerance)
-        if cycle is None:
+        excess = np.bincount(shard, minlength=shards) - share
+        if not excess.any():
             return shard
-        for s, t in zip(cycle, np.roll(cycle, -1), strict=True):
-            shard[movers[s, t]] = t
-        stale = cycle
+        for s in changed:
+            members, steps[s] = np.flatnonzero(shard == s), np.inf
+            if len(members):
+                change = cost[members] - cost[members, s, None] + toll
+                movers[s], steps[s] = members[change.argmin(0)], change.min(0)
+        lengths, previous = steps.copy(), np.arange(shards)[:, None].repeat(shards, 1)
+        for via in range(shards):  # Floyd and Warshall
+            through = lengths[:, via, None] + lengths[via]
+            previous = np.where(through < lengths, previous[via], previous)
+            lengths = np.minimum(lengths, through)
+        wanted = np.where((excess[:, None] > 0) & (excess < 0), lengths, np.inf)
+        source, at = np.unravel_index(wanted.argmin(), wanted.shape)
+        changed = [at]
+        while at != source:
+            shard[movers[previous[source, at], at]] = at
+            at = previous[source, at]
+            changed.append(at)
 
 
-def _greedy(cost: np.ndarray) -> np.ndarray:
-    """Those who would lose most by their second choice choose first, while there is room."""
-    things, shards = cost.shape
-    best = np.partition(cost, min(1, shards - 1), axis=1)
-    room = np.full(shards, things // shards)
-    shard = np.empty(things, dtype=int)
-    for thing in np.argsort(-(best[:, min(1, shards - 1)] - best[:, 0]), kind="stable"):
-        shard[thing] = np.where(room > 0, cost[thing], np.inf).argmin()
-        room[shard[thing]] -= 1
-    return shard
+# Equation 2: heads scattered
 
 
-def negative_cycle(arcs: np.ndarray, tolerance: float = 0.0) -> list[int] | None:
-    """The nodes, in order, of a cycle whose arcs (S, S) sum to less than -tolerance, or None (Bellman and Ford)."""
-    nodes = len(arcs)
-    distance, parent = np.zeros(nodes), np.full(nodes, -1)
-    for _ in range(nodes):
-        through = distance[:, None] + arcs
-        nearest = through.argmin(0)
-        shorter = through.min(0) < distance - tolerance
-        if not shorter.any():
-            return None
-        distance, parent = np.where(shorter, through.min(0), distance), np.where(shorter, nearest, parent)
-    node = int(np.flatnonzero(shorter)[0])
-    for _ in range(nodes):  # far enough back to stand on the cycle
-        node = int(parent[node])
-    cycle = [node]
-    while (node := int(parent[node])) != cycle[0]:
-        cycle.append(node)
-    cycle.reverse()
-    return cycle if arcs[cycle, np.roll(cycle, -1)].sum() < 0 else None  # rounding can feign one
+def score_products(queries: Tensor, keys: Tensor) -> Tensor:
+    """Inner products (H, H), float64, of the heads' attention scores softmax(QK^T), each one long vector.
 
-
-# ---------------------------------------------------------------- Head grouping: which heads share a shard, a
-
-
-EXACT_UNITS = 16  # up to here all groupings are searched: half a million steps at the most
-SCORES_AT_ONCE = 2**25  # attention scores held at a time, of all heads together
-RANDOM_GROUPINGS = 1000
-RESTARTS = 32
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """A split of the units into equal groups, and how far apart its groups' members are (equation 2)."""
-
-    groups: tuple[tuple[int, ...], ...]
-    objective: float  # sum of the distances inside the groups
-    best_random: float  # the same of the best of `RANDOM_GROUPINGS` random splits
-    exact: bool  # whether no split is better
-
-
-# ---------------------------------------------------------------- equation 2: head scattering
-
-
-class HeadDistances:
-    """Euclidean distances between the heads' attention scores on a stream of inputs, of which nothing is kept.
-
-    Each head's scores softmax(QK^T) over all samples are one long vector; only their inner products accumulate.
+    `queries` and `keys` (H, B, T, d) are those of all heads, rotary embedding applied.
     """
-
-    def __init__(self, heads: int):
-        self.products = torch.zeros(heads, heads, dtype=torch.float64)
-
-    def update(self, queries: Tensor, keys: Tensor) -> None:
-        """`queries` (H, B, T, d) and `keys` (H, B, T, d) of all heads, rotary embedding applied."""
-        heads, batch, tokens, size = queries.shape
-        rows = max(1, SCORES_AT_ONCE // (heads * batch * tokens))
-        positions = torch.arange(tokens, device=queries.device)
-        for some in positions.split(rows):
-            logits = queries[:, :, some] @ keys.transpose(-1, -2) * size**-0.5
-            logits.masked_fill_(positions > some[:, None], -torch.inf)
-            scores = logits.float().softmax(-1).flatten(1)
-            self.products += (scores @ scores.T).cpu()
-
-    def distances(self) -> Tensor:
-        """(H, H), float64."""
-        squares = self.products.diagonal()
-        return (squares[:, None] + squares - 2 * self.products).clamp(min=0).sqrt()
+    heads, batch, tokens, size = queries.shape
+    products = torch.zeros(heads, heads, dtype=torch.float64)
+    positions = torch.arange(tokens, device=queries.device)
+    for some in positions.split(max(1, SCORES_AT_ONCE // (heads * batch * tokens))):
+        logits = queries[:, :, some] @ keys.transpose(-1, -2) * size**-0.5
+        logits.masked_fill_(positions > some[:, None], -torch.inf)
+        scores = logits.float().softmax(-1).flatten(1)
+        products += (scores @ scores.T).cpu()
+    return products
 
 
 def head_distances(block: Block, inputs: Iterable[tuple[Stream, Context]], shards: Shards) -> Tensor:
-    """Distances (H, H) between all query heads of a block, over its inputs."""
-    attention = block.attention
-    accumulator = HeadDistances(attention.h * shards.tp)
+    """Euclidean distances (H, H), float64, between all query heads' attention scores on a block's inputs."""
+    attention, products = block.attention, 0
     for stream, context in inputs:
         q, k, _ = attention.project(block.attention_norm(stream.read()), context)
         k = k.repeat_interleave(attention.h // attention.g, dim=2)
-        accumulator.update(*(shards.gather(t).transpose(1, 2).flatten(0, 1) for t in (q, k)))
-    return accumulator.distances()
+        products += score_products(*(shards.gather(t).transpose(1, 2).flatten(0, 1) for t in (q, k)))
+    squares = products.diagonal()
+    return (squares[:, None] + squares - 2 * products).clamp(min=0).sqrt()
 
 
 def unit_distances(distances: Tensor, units: int) -> np.ndarray:
@@ -222,7 +165,7 @@ def unit_distances(distances: Tensor, units: int) -> np.ndarray:
     return (sums - torch.diag(sums.diagonal() / 2)).numpy()
 
 
-def scatter(distances: np.ndarray, groups: int, seed: int = 0) -> Grouping:
+def scatter(distances: np.ndarray, groups: int, seed: int = 0) -> list[list[int]]:
     """Splits units into equal groups so that the distances inside them sum to the most (equation 2).
 
     Exact up to `EXACT_UNITS` units; beyond, the best of `RESTARTS` random splits improved by swaps.
@@ -235,16 +178,18 @@ def scatter(distances: np.ndarray, groups: int, seed: int = 0) -> Grouping:
         raise SPDError(f"{units} heads cannot be split into {groups} equal groups.")
     if not np.isfinite(distances).all():
         raise SPDError("The attention scores are not finite, so heads cannot be compared by them.")
-    generator = np.random.default_rng(seed)
-    splits = [generator.permutation(units).reshape(groups, -1) for _ in range(RANDOM_GROUPINGS)]
-    values = [objective(distances, split) for split in splits]
-    exact = units <= EXACT_UNITS
-    if exact:
+    if units <= EXACT_UNITS:
         found = _search_all(distances, units // groups)
     else:
-        found = max((_swap(distances, split) for split in splits[:RESTARTS]), key=lambda s: objective(distances, s))
-    ordered = tuple(sorted(tuple(sorted(map(int, group))) for group in found))
-    return Grouping(ordered, objective(distances, ordered), max(values), exact)
+        improved = (_swap(distances, split) for split in random_splits(units, groups, seed)[:RESTARTS])
+        found = max(improved, key=lambda split: objective(distances, split))
+    return sorted(sorted(map(int, group)) for group in found)
+
+
+def random_splits(units: int, groups: int, seed: int = 0) -> list[np.ndarray]:
+    """`RANDOM_SPLITS` of them, (groups, units / groups) each."""
+    generator = np.random.default_rng(seed)
+    return [generator.permutation(units).reshape(groups, -1) for _ in range(RANDOM_SPLITS)]
 
 
 def objective(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> float:
@@ -253,7 +198,7 @@ def objective(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> float:
     return float(inside + np.trace(distances))
 
 
-def _search_all(distances: np.ndarray, size: int) -> list[tuple[int, ...]]:
+def _search_all(distances: np.ndarray, size: int) -> tuple[tuple[int, ...], ...]:
     """The best split into groups of `size`, by dynamic programming over the sets of units left."""
     rows = distances.tolist()
 
@@ -261,24 +206,20 @@ def _search_all(distances: np.ndarray, size: int) -> list[tuple[int, ...]]:
     def best(left: tuple[int, ...]) -> tuple[float, tuple]:
         if not left:
             return 0.0, ()
-        first, others = left[0], left[1:]
         options = []
-        for mates in combinations(others, size - 1):
-            group = (first, *mates)
-            value, rest = best(tuple(unit for unit in others if unit not in mates))
-            options.append((value + sum(rows[a][b] for a, b in combinations(group, 2)), (group, *rest)))
+        for mates in combinations(left[1:], size - 1):
+            group = (left[0], *mates)
+            value, others = best(tuple(unit for unit in left if unit not in group))
+            options.append((value + sum(rows[a][b] for a, b in combinations(group, 2)), (group, *others)))
         return max(options)
 
-    return list(best(tuple(range(len(rows))))[1])
+    return best(tuple(range(len(rows))))[1]
 
 
 def _swap(distances: np.ndarray, split: np.ndarray) -> np.ndarray:
     """Exchanges the two units that gain most, until none gain."""
-    apart = distances - np.diag(np.diag(distances))
-    units, groups = len(apart), len(split)
-    place = np.empty(units, dtype=int)
-    for group, members in enumerate(split):
-        place[members] = group
+    apart, groups = distances - np.diag(np.diag(distances)), len(split)
+    place = np.argsort(split, axis=None) // split.shape[1]  # each unit's group
     while True:
         to_group = apart @ np.eye(groups)[place]  # distances of each unit to the members of each group
         to_other = to_group[:, place]
@@ -291,7 +232,7 @@ def _swap(distances: np.ndarray, split: np.ndarray) -> np.ndarray:
         place[a], place[b] = place[b], place[a]
 
 
-# ---------------------------------------------------------------- equation 3: MLP matching
+# Equation 3: groups matched with parts of the MLP
 
 
 def matching_norms(block: Block, inputs: Iterable[tuple[Stream, Context]], shards: Shards) -> np.ndarray:
@@ -319,11 +260,7 @@ def match(norms: np.ndarray) -> list[int]:
     """
     if not np.isfinite(norms).all():
         raise SPDError("The MLP's outputs are not finite, so head groups cannot be matched to it.")
-    partitions, groups = linear_sum_assignment(norms.T, maximize=True)
-    return groups[np.argsort(partitions)].tolist()
-
-
-# ---------------------------------------------------------------- both, on a block
+    return linear_sum_assignment(norms.T, maximize=True)[1].tolist()
 
 
 @torch.no_grad()
@@ -339,21 +276,25 @@ def group_heads(
         What was done, for a report: `order` (of the units), `scattering`, `matching`, and a `note` where the
         model's shape leaves less to choose.
     """
-    units, tp = config.num_kv_heads, shards.tp
+    units, tp, device = config.num_kv_heads, shards.tp, block.mlp.down.weight.device
+    report = {"order": None, "scattering": None, "matching": None, "note": None}
     if units < tp:
-        note = f"the {units} key/value heads are copied to {tp} shards, so that no head can move"
-        return {"order": None, "scattering": None, "matching": None, "note": note}
-    report, order = {"note": None, "scattering": None}, np.arange(units).reshape(tp, -1)
+        return report | {"note": f"the {units} key/value heads are copied to {tp} shards, so that no head can move"}
+    as_it_is = order = torch.arange(units, device=device).view(tp, -1)
     if units == tp:
         report["note"] = "a shard holds one key/value group, so that only the matching is left"
     else:
-        found = scatter(unit_distances(head_distances(block, inputs, shards), units), tp, seed)
-        order = np.array(found.groups)
+        distances = unit_distances(head_distances(block, inputs, shards), units)
+        order = shards.agreed(torch.tensor(scatter(distances, tp, seed), device=device))
         permute_heads(block, order.flatten(), shards, config)
-        report["scattering"] = {"objective": found.objective, "best_random": found.best_random, "exact": found.exact}
+        report["scattering"] = {
+            "objective": objective(distances, order.tolist()),
+            "best_random": max(objective(distances, split) for split in random_splits(units, tp, seed)),
+            "exact": units <= EXACT_UNITS,
+        }
     norms = matching_norms(block, inputs, shards)
-    matched = match(norms)
-    permute_heads(block, np.arange(units).reshape(tp, -1)[matched].flatten(), shards, config)
-    chosen = float(sum(norms[group, m] for m, group in enumerate(matched)))
+    matched = shards.agreed(torch.tensor(match(norms), device=device))
+    permute_heads(block, as_it_is[matched].flatten(), shards, config)
+    chosen = float(sum(norms[group, m] for m, group in enumerate(matched.tolist())))
     report["matching"] = {"objective": chosen, "unmatched": float(np.trace(norms))}
     return report | {"order": order[matched].flatten().tolist()}

@@ -1,6 +1,7 @@
 """Repair without training, against independent solvers, brute force and the definition of the error."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from spd.block_inputs import Calibration, Site, output_error
+import spd.closed_form as closed_form
+from spd.block_inputs import DroppedBlock
 from spd.closed_form import ClosedForm, placement_costs, refit, repair_block
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
@@ -17,7 +19,7 @@ from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import batches, perplexity
 from spd.layout import balanced_assignment, permute_neurons
-from spd.least_squares import Moments, Rows, best_ridge
+from spd.least_squares import Moments, best_ridge
 from spd.model import Transformer
 from spd.plan import FULL, SPD_BLOCK, TP_BLOCK, Plan
 from spd.pretrained import SPDModel, build
@@ -43,11 +45,11 @@ def _model(config: ModelConfig = PLAIN, shards: Shards | None = None) -> Transfo
     return model
 
 
-def _first_block(model: Transformer) -> tuple[Site, Calibration]:
+def _first_block(model: Transformer) -> DroppedBlock:
     """Block 0 and its teacher, on two batches of embedded windows."""
     inputs = [model.embed(batch).x for batch in TOKENS.split(20)]
     targets = [model.run_block(0, Stream(x), (FULL, FULL), model.context(Stream(x))).x for x in inputs]
-    return Site(model.blocks[0], 0, model.shards, model.config), Calibration(inputs, targets, model.context)
+    return DroppedBlock(model, 0, inputs, targets)
 
 
 def _copy(block) -> dict:
@@ -64,13 +66,12 @@ def test_ridge_equals_an_independent_solver():
     for part in (slice(0, 40), slice(40, 90)):  # in a stream
         moments.add(f[:, part], t[:, part])
     found = moments.solve(torch.tensor([0.0, 0.5]))
-    solution = found.dense()
     plain = torch.linalg.lstsq(f[0].double(), t[0].double()).solution.T
-    torch.testing.assert_close(solution[0], plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], plain, rtol=0, atol=1e-5)
     root = (0.5 * moments.gram[1].diagonal()).sqrt().diag()  # ridge as so many more observations of 0
     more = torch.cat((f[1].double(), root)), torch.cat((t[1].double(), torch.zeros(5, 3)))
-    torch.testing.assert_close(solution[1], torch.linalg.lstsq(*more).solution.T, rtol=0, atol=1e-5)
-    left = (t.double() - f.double() @ solution.mT).square().sum((1, 2))
+    torch.testing.assert_close(found[1], torch.linalg.lstsq(*more).solution.T, rtol=0, atol=1e-5)
+    left = (t.double() - f.double() @ found.mT).square().sum((1, 2))
     torch.testing.assert_close(moments.error(found), left, rtol=1e-5, atol=0)
 
 
@@ -84,46 +85,24 @@ def test_held_out_windows_choose_the_ridge():
     held_out.add(f[:, 45:], noise[:, 45:])
     ridges = best_ridge(fit, held_out)
     assert ridges.tolist() == [float("inf"), 1e-5]
-    assert not fit.solve(ridges).dense()[0].any()
+    assert not fit.solve(ridges)[0].any()
 
 
-@pytest.mark.parametrize("tokens", [12, 60])
-def test_the_dual_form_equals_the_primal(tokens):
-    """With fewer and with more tokens than features, unlike scales, a dead feature; also what it is chosen by."""
+@pytest.mark.parametrize("ridge", [1e-5, 1e-2])
+def test_fewer_tokens_than_features_have_a_solution_too(ridge):
+    """Against the same ridge as so many more observations of 0; unlike scales and a feature that is never active."""
     generator = torch.Generator().manual_seed(0)
-    f, t = torch.randn(2, tokens, 20, generator=generator), torch.randn(2, tokens, 3, generator=generator)
-    f *= torch.logspace(-2, 2, 20)
+    f, t = torch.randn(1, 12, 20, generator=generator), torch.randn(1, 12, 3, generator=generator)
+    scale = torch.logspace(-2, 2, 20)
+    f *= scale
     f[:, :, 7] = 0
-    cut, both = tokens - 4, []
-    for pair in ([Moments(2, 20, 3) for _ in range(2)], [Rows() for _ in range(2)]):
-        for rows, part in ((slice(0, 5), 0), (slice(5, cut), 0), (slice(cut, tokens), 1)):
-            pair[part].add(f[:, rows], t[:, rows])
-        both.append(pair)
-    (fit, held_out), (fit_rows, held_out_rows) = both
-    for ridge in (1e-3, torch.tensor([0.1, torch.inf])):
-        primal, dual = fit.solve(ridge), fit_rows.solve(ridge)
-        scale = torch.logspace(-2, 2, 20)  # compared as contributions
-        torch.testing.assert_close(
-            dual.dense().double() * scale, primal.dense() * scale, rtol=1e-3, atol=2e-4
-        )  # float32 Gram
-        torch.testing.assert_close(held_out_rows.error(dual), held_out.error(primal), rtol=1e-3, atol=1e-4)
-        some = torch.randn(2, 3, 2, 20, generator=generator)
-        torch.testing.assert_close(dual(some), (some.double().flatten(1, 2) @ dual.dense().double().mT).float()
-                                   .unflatten(1, (3, 2)), rtol=1e-4, atol=1e-4)  # fmt: skip
-        weights = torch.randn(2, 4, 3, generator=generator)
-        torch.testing.assert_close(dual.after(weights), weights @ dual.dense(), rtol=1e-4, atol=1e-5)
-    assert best_ridge(fit, held_out).tolist() == best_ridge(fit_rows, held_out_rows).tolist()
-
-
-def test_a_joint_dual_regression_equals_one_of_all_features():
-    generator = torch.Generator().manual_seed(0)
-    f, t = torch.randn(3, 10, 8, generator=generator), torch.randn(1, 10, 2, generator=generator)
-    joint, whole = Rows(lambda parts: parts.sum(0, keepdim=True)), Moments(1, 24, 2)
-    joint.add(f, t)
-    whole.add(f.movedim(0, 1).flatten(1)[None], t)
-    found, expected = joint.solve(0.01).dense(), whole.solve(0.01).dense()[0].unflatten(1, (3, 8)).movedim(1, 0)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(joint.error(joint.solve(0.01)), whole.error(whole.solve(0.01)), rtol=1e-4, atol=1e-5)
+    moments = Moments(1, 20, 3)
+    moments.add(f, t)
+    root = moments.penalty(ridge)[0].sqrt().diag()
+    more = torch.cat((f[0].double(), root)), torch.cat((t[0].double(), torch.zeros(20, 3)))
+    expected = torch.linalg.lstsq(*more).solution.T
+    found = moments.solve(ridge)[0]  # compared as contributions
+    torch.testing.assert_close(found * scale, expected * scale, rtol=0, atol=1e-2 if ridge < 1e-4 else 1e-4)
 
 
 # Placement
@@ -160,64 +139,60 @@ def test_impossible_assignments_are_refused():
 def test_placement_cost_is_the_error_one_neuron_causes(config):
     """A neuron alone in the MLP, on the shard in question: the whole block's output error is its cost."""
     model = _model(config)
-    site, data = _first_block(model)
-    costs = placement_costs(site, data, None, tokens=10**9)
+    costs = placement_costs(_first_block(model))
     for neuron, shard in ((0, 0), (7, 3), (20, 2)):
         alone = _model(config)
-        site, data = _first_block(alone)
         order = list(range(24))
         place = 6 * shard
         order[place], order[neuron] = order[neuron], order[place]
-        permute_neurons(site.block, order, site.shards)
-        keep = site.block.mlp.down.weight[shard, :, 0].clone()
-        site.block.mlp.down.weight.zero_()
-        site.block.mlp.down.weight[shard, :, 0] = keep
-        _, data = _first_block(alone)
-        torch.testing.assert_close(costs[neuron, shard].item(), output_error(site, data) * TOKENS.numel() * 16)
+        permute_neurons(alone.blocks[0], order, alone.shards)
+        down = alone.blocks[0].mlp.down.weight
+        keep = down[shard, :, 0].clone()
+        down.zero_()
+        down[shard, :, 0] = keep
+        torch.testing.assert_close(costs[neuron, shard].item(), _first_block(alone).error() * TOKENS.numel() * 16)
 
 
 # Refit
 
 
+def _in_sweeps(monkeypatch, sweeps: int) -> None:
+    monkeypatch.setattr(closed_form, "JOINT_FEATURES", 0)
+    monkeypatch.setattr(closed_form, "SWEEPS", sweeps)
+
+
 @pytest.mark.parametrize("attention", [False, True])
-def test_sweeps_over_shards_converge_to_the_joint_solution(attention):
+@pytest.mark.parametrize("tokens", [None, 20])  # of one window: fewer than features
+def test_sweeps_over_shards_converge_to_the_joint_solution(attention, tokens, monkeypatch):
     changed = []
-    for limits in ({}, {"joint_features": 0, "sweeps": 200}):
-        site, data = _first_block(_model())
-        refit(site, data, attention, ridge=1e-3, **limits)
-        changed.append(_copy(site.block))
+    for in_sweeps in (False, True):
+        dropped = _first_block(_model())
+        if tokens:
+            dropped = replace(dropped, inputs=[dropped.inputs[0][:1, :20]], targets=[dropped.targets[0][:1, :20]])
+            assert dropped.tokens == tokens < PLAIN.intermediate_size
+        if in_sweeps:
+            _in_sweeps(monkeypatch, 200)
+        before = dropped.error()
+        refit(dropped, attention, ridge=1e-3 if tokens is None else 1e-2)
+        assert attention or dropped.error() < before
+        changed.append(_copy(dropped.block))
     for joint, swept in zip(changed[0].values(), changed[1].values(), strict=True):
         torch.testing.assert_close(joint, swept, rtol=0, atol=2e-4)  # float32 products in every sweep
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_few_tokens_give_the_joint_solution_in_its_dual_form(attention, monkeypatch):
-    changed = []
-    for pretended in (None, 10**9):
-        site, data = _first_block(_model())
-        data = Calibration([x[:1, :20] for x in data.inputs[:1]], [x[:1, :20] for x in data.targets[:1]], data.context)
-        assert data.tokens == 20
-        if pretended:
-            monkeypatch.setattr(Calibration, "tokens", pretended)
-        refit(site, data, attention, ridge=1e-2)
-        changed.append(_copy(site.block))
-    for rows, joint in zip(changed[0].values(), changed[1].values(), strict=True):
-        torch.testing.assert_close(rows, joint, rtol=0, atol=2e-4)
-
-
-def test_few_sweeps_already_help():
-    site, data = _first_block(_model())
-    before = output_error(site, data)
-    refit(site, data, ridge=1e-3, joint_features=0, sweeps=3)
-    assert output_error(site, data) < before
+def test_few_sweeps_already_help(monkeypatch):
+    dropped = _first_block(_model())
+    before = dropped.error()
+    _in_sweeps(monkeypatch, 3)
+    refit(dropped, ridge=1e-3)
+    assert dropped.error() < before
 
 
 def test_refit_of_a_block_without_error_changes_nothing_that_matters():
     """With the MLP's down projections at zero a dropped block equals its teacher."""
     model = _model()
     model.blocks[0].mlp.down.weight.zero_()
-    site, data = _first_block(model)
-    report = repair_block(site, data)
+    report = repair_block(_first_block(model))
     assert report["error_before"] < 1e-12 and report["error_after"] < 1e-12
 
 
@@ -238,14 +213,11 @@ def test_refit_of_a_block_without_error_changes_nothing_that_matters():
     ids=["all", "centre off", "no correction", "no placement", "no refit", "no attention"],
 )
 def test_no_block_ends_worse(config, options):
-    site, data = _first_block(_model(config))
-    report = repair_block(site, data, options)
-    assert (
-        report["error_after"]
-        <= report["error_before"]
-        == pytest.approx(output_error(*_first_block(_model(config))), rel=1e-6)
-    )
-    assert report["error_after"] == pytest.approx(output_error(site, data), rel=1e-6)
+    dropped = _first_block(_model(config))
+    report = repair_block(dropped, options)
+    before = _first_block(_model(config)).error()
+    assert report["error_after"] <= report["error_before"] == pytest.approx(before, rel=1e-6)
+    assert report["error_after"] == pytest.approx(dropped.error(), rel=1e-6)
 
 
 def _unchanged(block, before: dict) -> bool:
@@ -255,22 +227,20 @@ def _unchanged(block, before: dict) -> bool:
 
 
 def test_a_repair_that_ends_worse_or_not_finite_is_undone(monkeypatch):
-    site, data = _first_block(_model())
-    before = _copy(site.block)
-    monkeypatch.setattr(
-        "spd.closed_form.apply_corrections", lambda block, *_: block.mlp.gate_up.weight.fill_(torch.nan)
-    )
-    report = repair_block(site, data, ClosedForm(place=False, refit=False))
+    dropped = _first_block(_model())
+    before = _copy(dropped.block)
+    monkeypatch.setattr(closed_form, "correct", lambda block, *_: block.mlp.gate_up.weight.fill_(torch.nan))
+    report = repair_block(dropped, ClosedForm(place=False, refit=False))
     assert not report["kept"] and report["error_after"] == report["error_before"]
-    assert _unchanged(site.block, before)
+    assert _unchanged(dropped.block, before)
 
 
 def test_a_block_whose_output_is_not_finite_is_left_alone():
-    site, data = _first_block(_model())
-    data.inputs[0][0, 0, 0] = torch.inf
-    before = _copy(site.block)
-    assert not repair_block(site, data)["kept"]
-    assert _unchanged(site.block, before)
+    dropped = _first_block(_model())
+    dropped.inputs[0][0, 0, 0] = torch.inf
+    before = _copy(dropped.block)
+    assert not repair_block(dropped)["kept"]
+    assert _unchanged(dropped.block, before)
 
 
 def _repair(model: Transformer, plan: Plan, tokens: torch.Tensor, **options) -> list[int]:
@@ -281,8 +251,7 @@ def _repair(model: Transformer, plan: Plan, tokens: torch.Tensor, **options) -> 
     for i, policies in enumerate(plan.blocks):
         teacher = _run(model, i, teacher, TP_BLOCK)
         if policies == SPD_BLOCK:
-            site = Site(model.blocks[i], i, model.shards, model.config)
-            repair_block(site, Calibration(student, teacher, model.context), ClosedForm(**options))
+            repair_block(DroppedBlock(model, i, student, teacher), ClosedForm(**options))
             repaired.append(i)
         student = _run(model, i, student, policies)
     return repaired
@@ -305,17 +274,19 @@ def _process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = _model(shards=Shards(4, rank, world, ProcessGroup()))
-    _repair(model, Plan.from_letters("DF DF"), TOKENS, joint_features=0, sweeps=5)
+    closed_form.SWEEPS = 5
+    _repair(model, Plan.from_letters("DF DF"), TOKENS)
     logits = model(TOKENS)
     if rank == 0:
         torch.save(logits, f"{folder}/logits.pt")
     dist.destroy_process_group()
 
 
-def test_processes_repair_as_one_does(tmp_path: Path):
+def test_processes_repair_as_one_does(tmp_path: Path, monkeypatch):
     mp.spawn(_process, args=(2, str(tmp_path)), nprocs=2)
     model = _model()
-    _repair(model, Plan.from_letters("DF DF"), TOKENS, joint_features=0, sweeps=5)
+    _in_sweeps(monkeypatch, 5)
+    _repair(model, Plan.from_letters("DF DF"), TOKENS)
     torch.testing.assert_close(
         torch.load(tmp_path / "logits.pt"), model(TOKENS), rtol=0, atol=5e-3
     )  # logits of size 10; float32 sums in another order
