@@ -280,7 +280,7 @@ def stages(experiment: Path, model: str | None, tp: int, processes: int, per_nod
         known = {each.name: each.default for each in COMMANDS[stage].options} if stage in COMMANDS else {}
         options = known | sections["common"] | sections.get(stage, {})
         seq_len = options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
-        job = Job(config, tp, processes, per_node, seq_len, gpu)
+        job = Job(config.padded(tp), tp, processes, per_node, seq_len, gpu)
         found[stage] = stage_budget(stage, job, options, dropped)
     return found
 

@@ -150,11 +150,13 @@ def bench(runtime: Runtime, timed: Timed, settings: BenchSettings) -> dict:
     rows = {case: row_of(case, taken) | {"floor": floor[case]} for case, taken in samples.items()}
     for case, taken in samples.items():
         rows[case] |= saved(samples.get(full, taken), taken)
+    note = model.config.padding_note(timed.tp)
+    found = {"rates": rates.document()} | ({"note": note} if note else {})
     if settings.alone:
         predicted = [_predicted(case, rows[silent], floor[case]) for case in plans]
-        return {"rates": rates.document(), "share": rows[silent], "predicted": predicted}
+        return found | {"share": rows[silent], "predicted": predicted}
     named = {name: rows[case] for name, case in bounds.items()}
-    return {"rates": rates.document(), "plans": [rows[case] for case in plans], "bounds": named}
+    return found | {"plans": [rows[case] for case in plans], "bounds": named}
 
 
 @torch.no_grad()

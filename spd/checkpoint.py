@@ -33,12 +33,16 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start..stop` of a tensor (dim 0), its columns (dim 1), or all of it (dim None)."""
+    """Rows `start..stop` of a tensor (dim 0), its columns (dim 1), or all of it (dim None).
+
+    On a shard `zeros` more rows (columns) follow, where other shards have more heads or neurons.
+    """
 
     name: str
     dim: int | None = None
     start: int = 0
     stop: int = 0
+    zeros: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """The slice of the whole tensor, as a view."""
@@ -58,7 +62,7 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
     """The slices which, stacked by rows, make up `parameter` of a `Transformer` on logical shard `shard`.
 
     Queries, keys, values, gate and up are split by rows (Megatron's column-parallel layers), o and down by
-    columns; the rest is whole on every shard. Where tp exceeds the key/value heads, neighbours share one.
+    columns; the rest is whole on every shard.
     """
     layer, _, kind = parameter.rpartition(".")
     prefix = ""
@@ -67,29 +71,35 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
         prefix = f"model.layers.{block}."
     if layer in WHOLE:
         return [Slice(f"{prefix}{WHOLE[layer]}.{kind}")]
-    heads, neurons = config.num_heads // tp * config.head_dim, config.intermediate_size // tp
-    kv_start = shard * config.num_kv_heads // tp * config.head_dim
-    q = (shard * heads, (shard + 1) * heads)
-    kv = (kv_start, kv_start + config.kv_heads_per_shard(tp) * config.head_dim)
-    mlp = (shard * neurons, (shard + 1) * neurons)
+    heads, neurons = config.heads_of(tp, shard), config.neurons_of(tp, shard)
+    q = [heads], config.head_dim, config.heads_per_shard(tp)
+    kv = config.kv_heads_of(tp, shard), config.head_dim, config.kv_heads_per_shard(tp)
+    mlp = [neurons], 1, config.neurons_per_shard(tp)
     rows = {
         "attention.qkv": [("self_attn.q_proj", *q), ("self_attn.k_proj", *kv), ("self_attn.v_proj", *kv)],
         "mlp.gate_up": [("mlp.gate_proj", *mlp), ("mlp.up_proj", *mlp)],
     }
     columns = {"attention.out": ("self_attn.o_proj", *q), "mlp.down": ("mlp.down_proj", *mlp)}
     if layer in rows:
-        return [Slice(f"{prefix}{name}.{kind}", 0, start, stop) for name, start, stop in rows[layer]]
-    name, start, stop = columns[layer]
-    return [Slice(f"{prefix}{name}.bias")] if kind == "bias" else [Slice(f"{prefix}{name}.weight", 1, start, stop)]
+        return [part for name, *held in rows[layer] for part in _slices(f"{prefix}{name}.{kind}", 0, *held)]
+    name, *held = columns[layer]
+    return [Slice(f"{prefix}{name}.bias")] if kind == "bias" else _slices(f"{prefix}{name}.weight", 1, *held)
+
+
+def _slices(name: str, dim: int, held: list[range], size: int, room: int) -> list[Slice]:
+    """Those of the things `held`, of `size` rows or columns each, where there is room for `room` of them."""
+    slices = [Slice(name, dim, some.start * size, some.stop * size) for some in held]
+    slices[-1] = replace(slices[-1], zeros=(room - sum(map(len, held))) * size)
+    return slices
 
 
 def _parts(config: ModelConfig, tp: int, shard: int, name: str, values: Tensor) -> Iterator[tuple[Slice, Tensor]]:
-    """Each slice that makes up a shard's parameter, and the rows of its `values` that are this slice."""
-    row = 0
+    """Each slice that makes up a shard's parameter, and the part of its `values` that is this slice."""
+    place = 0
     for part in shard_slices(config, tp, shard, name):
-        rows = part.stop - part.start if part.dim == 0 else len(values)
-        yield part, values[row : row + rows]
-        row += rows
+        width = part.stop - part.start
+        yield part, values if part.dim is None else values.narrow(part.dim, place, width)
+        place += width + part.zeros
 
 
 # ---------------------------------------------------------------- reading
@@ -167,8 +177,11 @@ class Checkpoint:
 def load_weights(model: Transformer, source: Checkpoint) -> None:
     """Fills the parameters of the hosted shards, converting to their dtype and device."""
     shards = model.shards
+    uneven = model.config.padded(shards.tp) != model.config
     try:
         for name, parameter in model.named_parameters():
+            if uneven:
+                parameter.zero_()
             hosted = zip(shards.hosted, parameter, strict=True) if name in model.sharded else [(0, parameter)]
             for shard, values in hosted:
                 for part, rows in _parts(model.config, shards.tp, shard, name, values):
@@ -219,18 +232,29 @@ def write_weights(folder: Path, config: ModelConfig, pieces: Iterable[dict[str, 
 
 
 def exported_config(model: Transformer) -> ModelConfig:
-    """The model's shape; where shards' copies of a key/value head have come to differ, each becomes a head.
+    """The model's shape, with the zeros in it where tp does not divide heads or neurons.
 
-    Where a repair gave attention biases to some blocks, all get them, in place: of zero.
+    transformers wants a hidden size that is a multiple of a LLaMA's heads, so that there may be more zeros than the
+    shards hold. Where shards' copies of a key/value head have come to differ, each becomes a head. Where a repair gave
+    attention biases to some blocks, all get them, in place: of zero.
     """
     config, tp = model.config, model.shards.tp
+    found = config.padded(tp)
     if any(block.attention.out.bias is not None for block in model.blocks):
-        config = replace(config, attention_bias=True)
+        found = replace(found, attention_bias=True)
         for block in model.blocks:
             block.attention.add_biases()
-    if tp > config.num_kv_heads and not all(_copies_agree(model, i) for i in range(config.num_blocks)):
-        return replace(config, num_kv_heads=tp)
-    return config
+    if config.shares_kv_heads(tp):
+        agree = tp <= config.num_kv_heads or all(_copies_agree(model, i) for i in range(config.num_blocks))
+        return found if agree else replace(found, num_kv_heads=tp)
+    multiples = range(found.num_heads, config.hidden_size + 1, tp)
+    heads = next((count for count in multiples if config.hidden_size % count == 0), None)
+    if heads is None:
+        raise SPDError(
+            f"The shards of tp={tp} cannot be exported: transformers wants a hidden size that is a multiple of the "
+            f"heads, and {config.hidden_size} is none of any multiple of {tp} from {found.num_heads} on."
+        )
+    return replace(found, num_heads=heads, num_kv_heads=heads)
 
 
 def _copies_agree(model: Transformer, block: int) -> bool:
@@ -250,11 +274,23 @@ def dense_tensors(model: Transformer, config: ModelConfig) -> Iterator[dict[str,
         found = {}
         for name, parameter in parameters.items():
             values = _of_all_shards(model, name, parameter)
+            if ".attention." in name and name in model.sharded:
+                values = _with_room(model, config, values, dim=2 if ".out." in name else 1)
             for shard, own in enumerate(values if name in model.sharded else values[None]):
                 for part, rows in _parts(config, model.shards.tp, shard, name, own):
                     target = found.setdefault(part.name, torch.empty(shapes[part.name], dtype=rows.dtype))
                     part.of(target).copy_(rows)
         yield found
+
+
+def _with_room(model: Transformer, config: ModelConfig, values: Tensor, dim: int) -> Tensor:
+    """Queries, keys and values, or what the output projection reads, of as many heads a shard as `config` has."""
+    more = config.num_heads // model.shards.tp - model.config.heads_per_shard(model.shards.tp)
+    if not more:
+        return values
+    parts = values.chunk(3 if dim == 1 else 1, dim)  # of equally many heads: each query head has its own copy
+    shape = [more * config.head_dim if i == dim else size for i, size in enumerate(values.shape)]
+    return torch.cat([piece for part in parts for piece in (part, values.new_zeros(shape))], dim)
 
 
 def _of_all_shards(model: Transformer, name: str, parameter: Tensor) -> Tensor:

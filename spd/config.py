@@ -1,7 +1,7 @@
 """Shape of a LLaMA model: read from a Hugging Face `config.json` or chosen by name, validated in words."""
 
 import math
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 
 import torch
@@ -53,32 +53,66 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise SPDError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly.")
 
-    def kv_heads_per_shard(self, tp: int) -> int:
-        """Where tp exceeds the key/value heads they are replicated: one on each shard."""
-        return max(1, self.num_kv_heads // tp)
+    # ------------------------------------------------------------ shards: what each of tp holds, and has room for
 
-    def degrees(self) -> list[int]:
+    def heads_of(self, tp: int, shard: int) -> range:
+        """Query heads of a shard: `tensor_split(range(H), tp)[shard]`, the first shards one more."""
+        return _part(self.num_heads, tp, shard)
+
+    def kv_heads_of(self, tp: int, shard: int) -> list[range]:
+        """The key/value heads that a shard's query heads belong to, in order, in runs.
+
+        Equal shares of whole groups, or of parts of one group, hold each of theirs once. On other shards every query
+        head has a copy of its own: only so do all of them group alike.
+        """
+        shared = self.num_heads // self.num_kv_heads
+        heads = self.heads_of(tp, shard)
+        if self.shares_kv_heads(tp):
+            return [range(heads.start // shared, (heads.stop - 1) // shared + 1)]
+        return [range(head // shared, head // shared + 1) for head in heads]
+
+    def neurons_of(self, tp: int, shard: int) -> range:
+        """MLP neurons of a shard, split like the query heads."""
+        return _part(self.intermediate_size, tp, shard)
+
+    def shares_kv_heads(self, tp: int) -> bool:
+        """Whether the heads of every shard are whole groups of a key/value head, or parts of one, alike on all."""
+        return self.num_heads % tp == 0 and (self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0)
+
+    def heads_per_shard(self, tp: int) -> int:
+        """Those of the first shard; of others that have fewer, zeros take the place."""
+        return len(self.heads_of(tp, 0))
+
+    def kv_heads_per_shard(self, tp: int) -> int:
+        """Each serves equally many of the shard's query heads."""
+        return sum(map(len, self.kv_heads_of(tp, 0)))
+
+    def neurons_per_shard(self, tp: int) -> int:
+        return len(self.neurons_of(tp, 0))
+
+    def padded(self, tp: int) -> "ModelConfig":
+        """The shape whose equal shares are what tp shards have room for: this one, where tp divides it."""
+        heads, neurons = tp * self.heads_per_shard(tp), tp * self.neurons_per_shard(tp)
+        kv_heads = self.num_kv_heads if self.shares_kv_heads(tp) else heads
+        return replace(self, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=neurons)
+
+    def padding_note(self, tp: int) -> str | None:
+        """What zeros in the places of missing heads and neurons, and copies of key/value heads, cost; None: nothing."""
+        more = self.padded(tp).parameters() / self.parameters() - 1
+        if not more:
+            return None
+        held = f"{self.num_heads} query heads ({self.num_kv_heads} key/value) and {self.intermediate_size} MLP neurons"
+        return f"tp={tp} does not divide {held} evenly: with zeros and copies the shards hold {more:.1%} more weights."
+
+    def degrees(self) -> range:
         """Every tensor-parallel degree that this shape allows."""
-        return [tp for tp in range(1, self.num_heads + 1) if not self._obstacles(tp)]
+        return range(1, min(self.num_heads, self.intermediate_size) + 1)
 
     def validate_tp(self, tp: int) -> None:
-        """A mistake, naming the degrees that would do, unless `tp` divides the heads and the MLP."""
-        obstacles = self._obstacles(tp)
-        if obstacles:
-            would = ", ".join(map(str, self.degrees()))
-            raise SPDError(f"tp={tp} is impossible: {' and '.join(obstacles)}; valid: {would}.")
-
-    def _obstacles(self, tp: int) -> list[str]:
-        if tp < 1:
-            return ["it must be at least 1"]
-        found = []
-        if self.num_heads % tp:
-            found.append(f"{self.num_heads} heads cannot be split over it")
-        if self.num_kv_heads % tp and tp % self.num_kv_heads:
-            found.append(f"{self.num_kv_heads} key/value heads can be neither split nor replicated evenly over it")
-        if self.intermediate_size % tp:
-            found.append(f"{self.intermediate_size} MLP neurons cannot be split over it")
-        return found
+        """A mistake unless every one of `tp` shards has a query head and an MLP neuron."""
+        if tp not in self.degrees():
+            has = f"the model has {self.num_heads} query heads and {self.intermediate_size} MLP neurons"
+            raise SPDError(f"tp={tp} is impossible: {has} to share out; valid: 1 to {self.degrees()[-1]}.")
 
     def parameters(self) -> int:
         """Number of parameters of the dense model."""
@@ -132,6 +166,13 @@ class ModelConfig:
             raise SPDError(f"{path} cannot be read ({error.strerror}).") from error
         except ValidationError as error:
             raise SPDError(f"{path} is not valid JSON for a model ({in_words(error)}).") from None
+
+
+def _part(count: int, tp: int, shard: int) -> range:
+    """Of `count` things those of a shard; the first shards have one more where they do not divide evenly."""
+    each, more = divmod(count, tp)
+    start = shard * each + min(shard, more)
+    return range(start, start + each + (shard < more))
 
 
 def _shared_fields() -> dict[str, str]:

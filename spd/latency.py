@@ -154,7 +154,9 @@ def ask(
         result["percentages"] = [{key: one[key] for key in COMPARED} for one in results]
     asked = {"shape": shape, "machine": machine.name, "nodes": nodes, "link": all_reduce.name, "launch_us": launch_us}
     asked |= {key: getattr(prediction, key) for key in ("batch", "prompt_len", "new_tokens")}
-    return result | asked | {"assumptions": [TABLE if calibration is None else CALIBRATION, *ASSUMPTIONS]}, config
+    note = config.padding_note(tp)
+    assumed = [TABLE if calibration is None else CALIBRATION, *ASSUMPTIONS, *([note] if note else [])]
+    return result | asked | {"assumptions": assumed}, config
 
 
 def followed_by(real: AllReduce, emulated: AllReduce) -> AllReduce:

@@ -63,7 +63,8 @@ class Operator(NamedTuple):
 class Pass:
     """One forward pass of a shape on each of `tp` shards: a prefill, or a decode step with `tokens` = 1.
 
-    `batch` sequences of `tokens` new tokens each; a shard has its part of the heads and of the MLP's neurons.
+    `batch` sequences of `tokens` new tokens each; a shard has its part of the heads and of the MLP's neurons. The first
+    has most, and counts: zeros are computed with elsewhere.
     """
 
     config: ModelConfig
@@ -97,8 +98,8 @@ class Pass:
     def block(self) -> list[Operator]:
         """A decoder block's operators in the order they run; each of the two residual additions is one."""
         c, n = self.config, self.rows
-        d, neurons = c.hidden_size, c.intermediate_size // self.tp
-        q, kv = c.num_heads // self.tp * c.head_dim, c.kv_heads_per_shard(self.tp) * c.head_dim
+        d, neurons = c.hidden_size, c.neurons_per_shard(self.tp)
+        q, kv = c.heads_per_shard(self.tp) * c.head_dim, c.kv_heads_per_shard(self.tp) * c.head_dim
         add = self._pointwise("residual_add", 3 * n * d)
         return [
             self._pointwise("input_norm", 2 * n * d),

@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, tp: int, k: int):
         super().__init__()
         self.head_dim = config.head_dim
-        self.h, self.g = config.num_heads // tp, config.kv_heads_per_shard(tp)
+        self.h, self.g = config.heads_per_shard(tp), config.kv_heads_per_shard(tp)
         wide = (self.h + 2 * self.g) * self.head_dim
         self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
         self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
@@ -169,7 +169,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, tp: int, k: int):
         super().__init__()
-        neurons = config.intermediate_size // tp
+        neurons = config.neurons_per_shard(tp)
         self.gate_up = ShardLinear(k, config.hidden_size, 2 * neurons, config.mlp_bias)
         self.down = RowLinear(k, neurons, config.hidden_size, config.mlp_bias)
 

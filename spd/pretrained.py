@@ -181,6 +181,8 @@ class SPDModel:
         description = json.loads((self.folder / "config.json").read_text())
         description.pop("torch_dtype", None)
         description |= {"num_key_value_heads": config.num_kv_heads, "attention_bias": config.attention_bias}
+        description |= {"num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size}
+        description |= {"head_dim": config.head_dim}
         description["dtype"] = str(self.transformer.embedding.weight.dtype).removeprefix("torch.")
         write_json(target / "config.json", description)
         for file in (file for pattern in COPIED for file in self.folder.glob(pattern)):

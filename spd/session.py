@@ -67,10 +67,14 @@ class Session:
 
     def load(self):
         """The `SPDModel` of the options, as read."""
+        from spd.launch import say
         from spd.pretrained import SPDModel
 
         o, shards = self.options, self.runtime.shards(self.options.tp, replicas=self.replicas)
-        return SPDModel.from_pretrained(o.model, shards=shards, dtype=o.dtype, device=self.runtime.device)
+        model = SPDModel.from_pretrained(o.model, shards=shards, dtype=o.dtype, device=self.runtime.device)
+        if self.runtime.is_main and (note := model.config.padding_note(o.tp)):
+            say(f"note: {note}")
+        return model
 
     def windows(self, model, windows: int | None = None, skip: int | None = None, text: str | None = None):
         """The `Windows` of the options, or others."""

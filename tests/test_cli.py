@@ -202,7 +202,7 @@ def test_an_experiment_gives_an_option_that_may_be_given_again(tmp_path):
 
 
 MISTAKES = {
-    "tp that does not divide": (["--tp", "3"], "tp=3 is impossible: 8 heads cannot be split over it"),
+    "tp beyond the heads": (["--tp", "9"], "tp=9 is impossible: the model has 8 query heads"),
     "no such model": (["--model", "nowhere"], "There is no model folder nowhere"),
     "no such text": (["--text", "nowhere.txt"], "There is no text nowhere.txt"),
     "empty text": (["--text", "empty.txt"], "The text empty.txt is empty"),
@@ -262,7 +262,7 @@ def test_bench_mistakes(spd, plain):
         (["--shape", "llama-8m", "--link", "fast"], "the form is BANDWIDTH,LATENCY"),
         (["--shape", "llama-8m", "--prompt-len", "5000"], "exceed the model's 4096 positions"),
         (["--shape", "llama2-70b", "--tp", "64"], "64 processes on"),
-        (["--shape", "llama-8m", "--tp", "3"], "tp=3 is impossible"),
+        (["--shape", "llama-8m", "--tp", "9"], "tp=9 is impossible"),
         (["--shape", "llama-8m", "--plan", "p.json"], "A plan file belongs to a model"),
     ):
         code, _, err = spd("bench", *options)
@@ -500,16 +500,16 @@ def test_what_is_missing_is_listed(tmp_path):
     experiment.write_text(
         yaml.safe_dump(
             {
-                "common": {"model": "spd-tiny", "tp": 3, "text": "none.txt"},
+                "common": {"model": "spd-tiny", "tp": 17, "text": "none.txt"},
                 "sweep": {"tasks": "piqa", "tasks_dir": str(tmp_path)},
             }
         )
     )
-    command = [sys.executable, Path(os.getcwd(), "experiments/preflight.py"), experiment, "--tp", "3"]
+    command = [sys.executable, Path(os.getcwd(), "experiments/preflight.py"), experiment, "--tp", "17"]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode != 0 and not run.stdout
     lines = run.stderr.strip().splitlines()
     assert lines[0] == "Missing:" and len(lines) == 4
-    for line, words in zip(lines[1:], ("tp=3 is impossible", "no text none.txt", "no rows of piqa"), strict=True):
+    for line, words in zip(lines[1:], ("tp=17 is impossible", "no text none.txt", "no rows of piqa"), strict=True):
         assert words in line
