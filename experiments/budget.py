@@ -287,7 +287,7 @@ def stages(experiment: Path, model: str | None, tp: int, processes: int, per_nod
 
 def shape_of(model: str) -> ModelConfig | None:
     """Of a folder, of spd-tiny, or of a hub id whose shape is known here; None otherwise. Downloads nothing."""
-    if Path(model).is_dir() or model == "spd-tiny":
+    if Path(model).exists() or model == "spd-tiny":
         return ModelConfig.from_folder(resolve(model))
     return SHAPES[HUB_IDS[model]] if model in HUB_IDS else None
 

@@ -90,7 +90,7 @@ def _weights(needs: Needs) -> list[str]:
 
 def _cached(model: str) -> Path | None:
     """The local folder of a model, None where the hub must be asked. Raises SPDError for what is no hub id either."""
-    if Path(model).is_dir() or model == "spd-tiny" or model.count("/") != 1 or model.startswith((".", "/")):
+    if Path(model).exists() or model == "spd-tiny" or model.count("/") != 1 or model.startswith((".", "/")):
         return resolve(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -27,6 +27,7 @@ CHUNK_BYTES = 16 * 2**20  # read at once, so that loading needs little beyond th
 SAMPLE_BYTES = 64
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---------------------------------------------------------------- which slices belong to which shard
 
@@ -126,6 +127,8 @@ class Checkpoint:
                 raise SPDError(f"{file} ({size}) is truncated or not a safetensors file: {error}.") from error
             self.tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         expected = hf_shapes(self.config)
+        if self.config.tie_embeddings and HEAD in self.tensors:  # either may stand for both
+            self.tensors.setdefault(EMBEDDING, self.tensors[HEAD])
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise SPDError(f"{len(missing)} of {len(expected)} tensors are missing in {folder}: {missing[0]}.")

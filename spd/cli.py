@@ -22,7 +22,10 @@ COMPUTE = (
 )
 MODEL = (
     option(
-        "--model", "LLaMA folder of Hugging Face's form, 'spd-tiny', or hub id.", required=True, metavar="DIR|HUB_ID"
+        "--model",
+        "Folder of Hugging Face's form, GGUF file, 'spd-tiny', or hub id.",
+        required=True,
+        metavar="DIR|HUB_ID",
     ),
     option("--tp", "Logical tensor-parallel degree; it fixes the numbers, processes do not.", at_least(1), 1),
     *COMPUTE,
@@ -261,7 +264,7 @@ def generate(session: Session) -> None:
 
 
 @command(
-    option("--model", "Checkpoint folder, 'spd-tiny' or hub id.", metavar="DIR|HUB_ID"),
+    option("--model", "Checkpoint folder, GGUF file, 'spd-tiny' or hub id.", metavar="DIR|HUB_ID"),
     option("--shape", "Named shape with random weights, as llama-125m."),
     option("--tp", "Processes, one shard each; on CPU they are started here.", at_least(1), 1),
     option(

@@ -112,6 +112,11 @@ def environment(**defaults: str) -> dict[str, str]:
     return defaults | os.environ | {"PYTHONPATH": path}
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "spd")
+
+
 def tracking_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 

@@ -1,16 +1,20 @@
 """The library's front door: a checkpoint, its tokenizer and a plan as one object."""
 
+import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spd.checkpoint import (
+    SINGLE,
     Checkpoint,
     dense_tensors,
     exported_config,
@@ -20,12 +24,13 @@ from spd.checkpoint import (
     write_weights,
 )
 from spd.comm import Shards
-from spd.config import DTYPES, ModelConfig
+from spd.config import DTYPES, ModelConfig, hf_shapes
 from spd.errors import SPDError
 from spd.generate import Sampling, generate
+from spd.launch import cache_folder, say
 from spd.model import Transformer
 from spd.plan import Plan, read_plan
-from spd.records import write_json
+from spd.records import write_json, write_whole
 from spd.tiny import MODEL_DIR
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
@@ -34,9 +39,11 @@ MARK = "shape_only.json"  # of a folder with random weights: their `name`, `shap
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of a path, of `spd-tiny`, or of a hub id (downloaded or found in the cache)."""
+    """The local folder of a path, of a GGUF file, of `spd-tiny`, or of a hub id (downloaded or found in the cache)."""
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).suffix == ".gguf":
+        return dequantised(Path(model))
     if str(model) == "spd-tiny":
         return MODEL_DIR
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
@@ -56,6 +63,59 @@ def resolve(model: str | Path) -> Path:
         ) from error
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SPDError(f"{model} is neither a folder nor in the local cache, and the hub cannot be reached.") from error
+
+
+def dequantised(file: Path) -> Path:
+    """The folder in the user's cache that holds a GGUF file's weights in float32, made where it is not there."""
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise SPDError(f"The model {file} cannot be read ({error.strerror}).") from error
+    target = cache_folder() / "gguf" / f"{file.stem}-{digest}"
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
+            partial = Path(folder, target.name)
+            partial.mkdir()
+            _dequantise(file, partial)
+            partial.replace(target)
+        say(f"The weights of {file} are kept in float32 in {target}.")
+    except OSError as error:
+        if not target.is_dir():  # else another process was first
+            raise SPDError(f"{file} cannot be dequantised to {target} ({error.strerror or error}).") from error
+    return target
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """Writes configuration, weights and tokenizer, as transformers reads them."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # imported here: a second, for this alone
+
+    source = {"pretrained_model_name_or_path": str(file.resolve().parent), "gguf_file": file.name}
+    try:
+        description = AutoConfig.from_pretrained(**source).to_dict()
+        config = ModelConfig.from_hf(description)
+        model, loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except ImportError as error:
+        raise SPDError(f"{file} is read by the package gguf, which is not here: pip install gguf==0.19.0.") from error
+    except SPDError:
+        raise
+    except Exception as error:  # of a damaged file whatever numpy, gguf and transformers stumble over
+        reason = " ".join(str(error).split())[:200]
+        raise SPDError(f"{file} is damaged or no GGUF file of a model that is supported: {reason}") from error
+    held = model.state_dict()
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise SPDError(f"{len(missing)} of {len(hf_shapes(config))} tensors are missing in {file}: {missing[0]}.")
+    for name in ("quantization_config", "_name_or_path"):
+        description.pop(name, None)
+    write_json(folder / "config.json", description | {"architectures": [type(model).__name__], "dtype": "float32"})
+    tensors = {name: held[name].contiguous() for name in hf_shapes(config)}
+    write_whole(folder / SINGLE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    tokenizer.save_pretrained(folder)
 
 
 def build(config: ModelConfig, shards: Shards, dtype: torch.dtype, device: str) -> Transformer:
@@ -85,7 +145,7 @@ class SPDModel:
         dtype: str = "float32",
         device: str = "cpu",
     ) -> "SPDModel":
-        """Reads the hosted shards of a LLaMA checkpoint (folder, `spd-tiny` or hub id).
+        """Reads the hosted shards of a LLaMA checkpoint (folder, GGUF file, `spd-tiny` or hub id).
 
         `shards` says which of the `tp` shards this process hosts; left out, all of them."""
         source, shards = Checkpoint(resolve(model)), shards or Shards(tp)
@@ -204,7 +264,7 @@ def display_name(model: str | Path) -> str:
     """A folder's name, or what its random weights are called; any other name as it is."""
     folder = Path(model)
     if not folder.is_dir():
-        return str(model)
+        return folder.stem if folder.suffix == ".gguf" else str(model)
     return (mark_of(folder) or {}).get("name", folder.resolve().name)
 
 
