@@ -52,6 +52,8 @@ def test_pin_is_one_exact_version_without_local_label_or_hash(pin):
 @pytest.mark.parametrize("pin", PINS)
 def test_installed_version_is_the_pinned_one(pin):
     name, pinned = pin.split("==")
+    if name == "gguf" and not list(metadata.distributions(name=name)):
+        pytest.skip("gguf, which only GGUF files want, is not installed")
     installed = metadata.version(name).partition("+")[0]  # torch may be 2.x.y+cpu or +cu130
     assert installed == pinned
 
