@@ -208,7 +208,7 @@ def test_an_answer_has_the_keys_scripts_rely_on_and_is_strict_json():
         ({"gpu_name": "b300"}, ", ".join(row["gpu"] for row in read_profile("gpus"))),
         ({"link": "10Gbit"}, "'10GBps,20us'"),
         ({"percent": 101}, "between 0 and 100"),
-        ({"tp": 3}, "valid: 1, 2, 4, 8"),
+        ({"tp": 33}, "valid: 1 to 32"),
         ({"tp": 8, "nodes": 3}, "evenly over 3 nodes"),
         ({"gpu_name": "h100"}, "--link"),
         ({"tp": 8, "nodes": 4}, "tp=8 on 1 node, "),
