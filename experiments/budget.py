@@ -275,6 +275,7 @@ def stages(experiment: Path, model: str | None, tp: int, processes: int, per_nod
     config = shape_of(model)
     if config is None:
         raise SPDError(f"Nothing is estimated: {model} is not here, and its shape is not known.")
+    config.validate_tp(tp)
     dropped, found = parse_budget(sections.get("plan", {}).get("budget", "100%"), config.num_blocks), {}
     for stage in ("sensitivity", *(name for name in sections if name not in ("common", "plan", "sensitivity"))):
         known = {each.name: each.default for each in COMMANDS[stage].options} if stage in COMMANDS else {}

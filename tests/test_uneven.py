@@ -131,7 +131,7 @@ def test_padding_is_counted_and_said():
     assert held == CONFIG.padded(4).parameters()
     assert model.new_cache(1, 10).blocks.shape == (3, 2, 4, 1, 3, 10, 8)
     matrices = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.0.") and p.dim() == 3)
-    counted = sum(operator.work.weight_bytes for operator in Pass(CONFIG, 4, element_size=1).block())
+    counted = sum(operator.work.weight_byte for operator in Pass(CONFIG, 4, element_size=1).block())
     assert 4 * counted == matrices  # what the first shard reads, on each of four
 
 
