@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import nn
 
 from spd.errors import SPDError
 from spd.plan import DROP, FULL, Policy
-from spd.transport import Transport
+from spd.transport import Rounded, Transport, packed_bytes
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -69,20 +69,36 @@ class Stream:
     """The residual stream, in parts.
 
     `x` (B, T, D) is synchronised: equal on every shard. `pending` (S, B, T, D) is what each hosted shard has
-    produced and not yet shared, or None where nothing is.
+    produced and not yet shared, or None where nothing is. `shared` (S, B, T, D), or None, is what its group of `group`
+    consecutive shards has shared inside and not yet with others: equal in a group.
     """
 
     x: torch.Tensor
     pending: torch.Tensor | None = None
+    shared: torch.Tensor | None = None
+    group: int = 1
 
     def read(self) -> torch.Tensor:
         """What the shards' next sublayer sees: (S, B, T, D), or (1, B, T, D) where all see the same."""
-        return self.x[None] if self.pending is None else self.x + self.pending
+        seen = self.x[None] if self.shared is None else self.x + self.shared
+        return seen if self.pending is None else seen + self.pending
 
     def produce(self, partial: torch.Tensor, bias: torch.Tensor | None) -> "Stream":
         """Adds the shards' partial outputs (S, B, T, D) to the pending part, and a bias (D,) to `x`, once."""
         x = self.x if bias is None else self.x + bias
-        return Stream(x, partial if self.pending is None else self.pending + partial)
+        return replace(self, x=x, pending=partial if self.pending is None else self.pending + partial)
+
+    def owed(self) -> torch.Tensor | None:
+        """What each shard has for all others (S, B, T, D): its pending part, and its share of its group's."""
+        if self.shared is None:
+            return self.pending
+        share = self.shared / self.group
+        return share if self.pending is None else self.pending + share
+
+    def last(self) -> "Stream":
+        """That of the last tokens (T is 1)."""
+        x, *others = (part if part is None else part[..., -1:, :] for part in (self.x, self.pending, self.shared))
+        return Stream(x, *others, self.group)
 
 
 @dataclass
@@ -115,12 +131,18 @@ class Shards:
 
     def sync(self, stream: Stream, policy: Policy, point: str) -> Stream:
         """Moves the pending part on as `policy` says; `point` names the sync point in the count."""
-        if policy is DROP or stream.pending is None:
+        owed = stream.owed()
+        if policy == DROP or owed is None:
             return stream
-        if policy is FULL:
-            mine = stream.pending[0] if self.k == 1 else stream.pending.sum(0)
-            return Stream(stream.x + self.all_reduce(mine, point))
-        raise NotImplementedError(f"policy {policy.name}")
+        if policy.group:
+            if stream.pending is None:
+                return stream
+            inside = _GroupSum.apply(stream.pending, self, policy.group, f"{point} group")
+            return Stream(stream.x, None, inside if stream.shared is None else stream.shared + inside, policy.group)
+        if policy.bits and not self.silent:
+            total, errors = _RoundedSum.apply(owed, self, policy.bits, point)
+            return Stream(stream.x + total, None if policy.plain else errors)
+        return Stream(stream.x + self.all_reduce(owed[0] if self.k == 1 else owed.sum(0), point))
 
     def flush(self, stream: Stream) -> Stream:
         """Synchronises whatever is still pending after the last block."""
@@ -158,15 +180,66 @@ class Shards:
             return tensor
         tensor = tensor.contiguous()  # a process group reads memory as it lies
         payload = tensor.numel() * tensor.element_size()
-        with self._counted(point, payload, payload, tensor.is_cuda):
+        with self._counted(point, payload, self._emulated(payload), tensor.is_cuda):
             if self.world > 1:
                 self.transport.all_reduce(tensor)
         return tensor
 
+    def rounded_sum(self, owed: torch.Tensor, bits: int, point: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum (B, T, D) over all shards of what each owes (S, B, T, D), in few bits; and what rounding took of each.
+
+        Every shard rounds what it owes and sends its j-th slice along hidden to shard j, which owns it: adds up in
+        float32, rounds the sum, keeps what that took for its own, and sends it to all.
+        """
+        size, mine = owed.shape[-1], slice(self.hosted.start, self.hosted.stop)
+        width, tokens = -(-size // self.tp), owed[0, ..., 0].numel()
+        slices = F.pad(owed, (0, self.tp * width - size)).unflatten(-1, (self.tp, width)).movedim(-2, 0)
+        # Half the bytes and half the latency each, so that both together compare with one all-reduce.
+        payload = tokens * self.tp * packed_bytes(width, bits)
+        half = point, -(-payload // 2), self._emulated(payload) / 2, owed.is_cuda
+        first = Rounded.of(slices, bits)  # (tp, S, B, T, width): by owner, and by who sends it
+        sent = first.values()
+        with self._counted(*half):
+            received = sent if self.world == 1 else self._to_owners(first)
+        sums = received.sum(1)  # (S, B, T, width), of the hosted owners
+        second = Rounded.of(sums, bits)
+        again = second.values()
+        with self._counted(*half):
+            total = again if self.world == 1 else self._to_all(second)
+        errors = slices - sent
+        errors[mine].diagonal().add_((sums - again).movedim(0, -1))
+        total, errors = (part.movedim(0, -2).flatten(-2)[..., :size].to(owed.dtype) for part in (total, errors))
+        return total, errors
+
+    def _to_owners(self, slices: Rounded) -> torch.Tensor:
+        """Values (S, tp, B, T, width) of the slices owned here from those of all (tp, S, B, T, width), sent packed."""
+        packed = slices.pack().unflatten(0, (self.world, self.k)).contiguous()
+        received = self.transport.exchange(packed).movedim(1, 0).flatten(1, 2)
+        return Rounded.unpack(received, slices.codes.shape[-1], slices.bits).values()
+
+    def _to_all(self, owned: Rounded) -> torch.Tensor:
+        """Values (tp, B, T, width) of all slices from the owned ones (S, B, T, width), sent packed."""
+        packed = torch.cat(self.transport.all_gather(owned.pack()))
+        return Rounded.unpack(packed, owned.codes.shape[-1], owned.bits).values()
+
+    def group_sum(self, tensor: torch.Tensor, size: int, point: str) -> torch.Tensor:
+        """Sums (S, B, T, D) inside groups of `size` consecutive shards, for each of the shards hosted here.
+
+        Nothing crosses the link, which lies between groups.
+        """
+        inside, payload = self.k % size == 0, tensor[0].numel() * tensor.element_size()
+        with self._counted(point, payload, 0.0, tensor.is_cuda):
+            parts = tensor if inside else self.gather(tensor)
+        sums = parts.unflatten(0, (-1, size)).sum(1).repeat_interleave(size, 0)
+        return sums if inside else sums[self.hosted.start : self.hosted.stop]
+
+    def _emulated(self, payload: float) -> float:
+        """Seconds that the link, where there is one, would take to reduce so many bytes."""
+        return 0.0 if self.link is None else self.link.all_reduce_seconds(payload, self.tp)
+
     @contextmanager
-    def _counted(self, point: str, payload: int, reduced: float, on_gpu: bool) -> Iterator[None]:
-        """Counts and times one collective; waits after it as long as a link would take to reduce `reduced` bytes."""
-        emulated = 0.0 if self.link is None else self.link.all_reduce_seconds(reduced, self.tp)
+    def _counted(self, point: str, payload: int, emulated: float, on_gpu: bool) -> Iterator[None]:
+        """Counts and times one collective; waits after it as long as a link would take."""
         start = time.perf_counter()
         yield
         reached = time.perf_counter()
@@ -199,7 +272,9 @@ class Shards:
         parts = [mine] * self.world
         if not self.silent:
             payload = size * mine[..., 0].numel() * mine.element_size()
-            with self._counted(point, payload, payload / 2, part.is_cuda):  # gathered bytes go round a ring once
+            with self._counted(
+                point, payload, self._emulated(payload / 2), part.is_cuda
+            ):  # gathered bytes go round a ring once
                 parts = self.transport.all_gather(mine)
         return torch.cat(parts, dim=-1)[..., :size]
 
@@ -235,3 +310,32 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         return ctx.shards._all_reduce(grad.clone(), f"{ctx.point} backward"), None, None
+
+
+class _RoundedSum(torch.autograd.Function):
+    """`Shards.rounded_sum` for autograd, straight through: backward is that of the sum of whole values."""
+
+    @staticmethod
+    def forward(ctx, owed: torch.Tensor, shards: Shards, bits: int, point: str):
+        ctx.shards, ctx.point = shards, point
+        total, errors = shards.rounded_sum(owed, bits, point)
+        ctx.mark_non_differentiable(errors)
+        return total, errors
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _):
+        summed = ctx.shards._all_reduce(grad.clone(), f"{ctx.point} backward")
+        return summed.expand(ctx.shards.k, *grad.shape), None, None, None
+
+
+class _GroupSum(torch.autograd.Function):
+    """`Shards.group_sum` for autograd, which is its own backward."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, shards: Shards, size: int, point: str) -> torch.Tensor:
+        ctx.shards, ctx.size, ctx.point = shards, size, point
+        return shards.group_sum(tensor.contiguous(), size, point)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return ctx.shards.group_sum(grad.contiguous(), ctx.size, f"{ctx.point} backward"), None, None, None

@@ -276,7 +276,7 @@ class Transformer(nn.Module):
 
         Reading the head's weights is much of a small model's decode step, and one gathering of logits costs less.
         """
-        last = Stream(stream.x[:, -1:], None if stream.pending is None else stream.pending[:, :, -1:])
+        last = stream.last()
         if torch.is_grad_enabled():
             return self.logits(last)
         x, rows = self.norm(self.shards.flush(last).x), len(self.vocabulary)

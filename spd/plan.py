@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from spd.errors import SPDError, in_words, one_of
+from spd.transport import FIELDS, packed_bytes
 
 POINTS = ("attention", "mlp")  # the sync points of a block, in the order they are reached
 
@@ -16,22 +17,31 @@ POINTS = ("attention", "mlp")  # the sync points of a block, in the order they a
 class Policy:
     """What a sync point does with the pending part of the residual stream.
 
-    `full` shares everything pending, `drop` shares nothing. Further kinds (low-bit, node-local) join here,
-    with one letter, and in `Shards.sync`, with one branch.
+    `full` shares everything pending, `drop` nothing. With `bits` it is sent rounded to so many bits a value, and what
+    rounding took stays pending, or is lost (`plain`). With `group` it is shared inside groups of so many consecutive
+    shards. A policy is a line here, and a branch of `Shards.sync`.
     """
 
     name: str
     letter: str
+    bits: int | None = None
+    plain: bool = False
+    group: int | None = None
+
+    def packed_bytes(self, size: int, tp: int) -> int:
+        """That `size` values, in a slice for each shard, are sent in, where they are rounded."""
+        return tp * packed_bytes(-(-size // tp), self.bits)
 
 
 FULL = Policy("full", "F")
 DROP = Policy("drop", "D")
+GROUP = Policy("group", "G")  # of a size that stands beside the policies of a plan
+KEPT = {bits: Policy(f"int{bits}", str(bits), bits) for bits in FIELDS}
+PLAIN = {
+    bits: Policy(f"int{bits}-plain", letter, bits, plain=True) for bits, letter in zip(FIELDS, "hftw", strict=True)
+}
 TP_BLOCK, SPD_BLOCK = (FULL, FULL), (DROP, FULL)  # Megatron's block, and the paper's
-POLICIES = {policy.name: policy for policy in (FULL, DROP)}
-
-
-def _policy(name: str) -> Policy:
-    return POLICIES[one_of("policy", name, POLICIES)]
+POLICIES = {policy.name: policy for policy in (FULL, DROP, *KEPT.values(), *PLAIN.values(), GROUP)}
 
 
 @dataclass(frozen=True)
@@ -51,20 +61,52 @@ class Plan:
         return cls(tuple((DROP if i in attention else FULL, DROP if i in mlp else FULL) for i in range(num_blocks)))
 
     @classmethod
-    def from_letters(cls, letters: str) -> "Plan":
+    def from_letters(cls, letters: str, group: int | None = None) -> "Plan":
         by_letter = {policy.letter: policy for policy in POLICIES.values()}
         try:
-            return cls(tuple((by_letter[attention], by_letter[mlp]) for attention, mlp in letters.split()))
+            blocks = tuple((by_letter[attention], by_letter[mlp]) for attention, mlp in letters.split())
         except (KeyError, ValueError):
             raise SPDError(f"'{letters}' is not a plan; two letters of {', '.join(by_letter)} a block.") from None
+        return cls(blocks)._grouped(group)
 
     @classmethod
-    def from_policies(cls, pairs: Iterable[tuple[str, str]]) -> "Plan":
+    def from_policies(cls, pairs: Iterable[tuple[str, str]], group: int | None = None) -> "Plan":
         """From `[["drop", "full"], ...]`, the form of plan files."""
-        return cls(tuple((_policy(attention), _policy(mlp)) for attention, mlp in pairs))
+        named = (tuple(POLICIES[one_of("policy", name, POLICIES)] for name in pair) for pair in pairs)
+        return cls(tuple(named))._grouped(group)
+
+    @classmethod
+    def from_document(cls, document: dict) -> "Plan":
+        """Of `policies` and, where some are node-local, `group`."""
+        return cls.from_policies(document["policies"], document.get("group"))
+
+    def document(self) -> dict:
+        return {"policies": self.policies()} | ({} if self.group is None else {"group": self.group})
 
     def policies(self) -> list[list[str]]:
         return [[policy.name for policy in pair] for pair in self.blocks]
+
+    def replaced(self, policies: dict[Policy, Policy]) -> "Plan":
+        """With other policies in the place of some; what is `full` at the very end stays so."""
+        blocks = [tuple(policies.get(policy, policy) for policy in pair) for pair in self.blocks]
+        if self.blocks and self.blocks[-1][1] == FULL:
+            blocks[-1] = (blocks[-1][0], FULL)
+        return Plan(tuple(blocks))
+
+    def _grouped(self, size: int | None) -> "Plan":
+        if size is None and any(policy == GROUP for pair in self.blocks for policy in pair):
+            raise SPDError(f"The plan {self} has node-local sync points; how many shards a group has must be said.")
+        return self if size is None else self.replaced({GROUP: replace(GROUP, group=size)})
+
+    @property
+    def group(self) -> int | None:
+        """Shards in a group, where some policy is node-local."""
+        return next((policy.group for pair in self.blocks for policy in pair if policy.group), None)
+
+    def check_groups(self, tp: int) -> None:
+        """Raises SPDError where so many shards are no whole number of groups."""
+        if self.group is not None and (self.group < 1 or tp % self.group):
+            raise SPDError(f"tp={tp} shards cannot be divided into groups of {self.group}; give a divisor of {tp}.")
 
     def __str__(self) -> str:
         return " ".join(attention.letter + mlp.letter for attention, mlp in self.blocks)
@@ -73,13 +115,19 @@ class Plan:
         return len(self.blocks)
 
     def dropped(self, point: str = "attention") -> list[int]:
-        """Numbers of the blocks whose `point` is dropped."""
-        return [i for i, pair in enumerate(self.blocks) if pair[POINTS.index(point)] is DROP]
+        """Numbers of the blocks whose `point` sends nothing between groups."""
+        return [i for i, pair in enumerate(self.blocks) if pair[POINTS.index(point)].letter in "DG"]
 
     def syncs(self) -> int:
-        """All-reduces in one forward pass, with the flush that is due where the last point leaves something pending."""
-        points = sum(policy is not DROP for pair in self.blocks for policy in pair)
-        return points + bool(self.blocks and self.blocks[-1][1] is DROP)
+        """All-reduces of whole values in a forward pass, with the flush due where the last point keeps some pending."""
+        last = self.blocks[-1][1] if self.blocks else FULL
+        return sum(policy == FULL for pair in self.blocks for policy in pair) + (last != FULL and not last.plain)
+
+    def bytes_share(self, size: int, tp: int) -> float:
+        """Of what all sync points send together when all are `full`, values (`size` a token) in 16 bits."""
+        rounded = [policy for pair in self.blocks for policy in pair if policy.bits]
+        sent = 2 * size * self.syncs() + sum(policy.packed_bytes(size, tp) for policy in rounded)
+        return sent / (2 * size * 2 * len(self))
 
 
 def parse_blocks(spec: str, num_blocks: int) -> list[int]:
@@ -112,13 +160,14 @@ class PlanFile(BaseModel, extra="allow", strict=True):
     """What a plan file must hold, and where repaired weights lie; others may stand beside it, such as `classes`."""
 
     policies: list[tuple[str, str]]
+    group: int | None = None  # shards in a group, where some policy is node-local
     model: MadeFor
     tp: int
     changed: list[str] = []  # files beside it, one a block
 
     @property
     def plan(self) -> Plan:
-        return Plan.from_policies(self.policies)
+        return Plan.from_policies(self.policies, self.group)
 
 
 def read_plan(
@@ -139,6 +188,7 @@ def read_plan(
         ) from None
     if num_blocks not in (None, len(found.plan)):
         raise SPDError(f"The plan at {path} has {len(found.plan)} blocks, the model {num_blocks}.")
+    found.plan.check_groups(found.tp)
     if tp not in (None, found.tp):
         raise SPDError(
             f"The plan at {path} was made for tp={found.tp}, not tp={tp}: sensitivities differ, make one anew."

@@ -1,13 +1,17 @@
-"""How tensors get from process to process: through torch's process groups, or through memory that processes share."""
+"""How tensors get from process to process: through torch's process groups, or through memory that processes share.
+
+And in how many bytes: whole, or in a few bits a value.
+"""
 
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 PROCESS_GROUP, SHARED_MEMORY = TRANSPORTS = ("process-group", "shared-memory")
@@ -21,6 +25,9 @@ class Transport(Protocol):
 
     def all_gather(self, part: Tensor) -> list[Tensor]:
         """The part of every process, all of one shape, by rank."""
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """Of everyone's `parts` (world, ...), [i] meant for process i, those for this one: (world, ...), by rank."""
 
     def barrier(self) -> None: ...
 
@@ -38,6 +45,11 @@ class ProcessGroup:
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, part, group=self.group)
         return parts
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return received
 
     def barrier(self) -> None:
         dist.barrier(self.group)
@@ -66,6 +78,9 @@ class SharedMemory:
     def all_gather(self, part: Tensor) -> list[Tensor]:
         return [one.clone().view_as(part) for one in self._exchange(part)]
 
+    def exchange(self, parts: Tensor) -> Tensor:
+        return self._exchange(parts).view(-1, *parts.shape)[:, self.rank].clone()
+
     def barrier(self) -> None:
         self._exchange(torch.zeros(1))
 
@@ -93,3 +108,62 @@ class SharedMemory:
         memory = torch.from_file(str(path), shared=True, size=whole, dtype=torch.uint8)
         self.turns = memory[:counters].view(torch.int64).view(self.world, 8).numpy()
         self.areas = memory[counters:].view(2, self.world, self.capacity)
+
+
+# ---------------------------------------------------------------- few bits
+
+BLOCK = 32  # values along hidden that share a scale in float16
+FIELDS = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}  # a code's bits in parts, of each of which whole numbers fill a byte
+TOGETHER = 8  # codes are packed so many at a time: those of any number of bits then fill bytes
+
+
+def packed_bytes(size: int, bits: int) -> int:
+    """Bytes that `size` values take, scales included."""
+    return -(-size // TOGETHER) * bits + 2 * -(-size // BLOCK)
+
+
+class Rounded(NamedTuple):
+    """Values (..., n), each rounded to the nearest of 2^bits - 1 numbers, evenly spaced around zero, of its block."""
+
+    codes: Tensor  # (..., n) uint8: how many steps above the least
+    scales: Tensor  # (..., ceil(n / 32)) float16: a step of each block, max|x| / (2^(bits - 1) - 1)
+    bits: int
+
+    @classmethod
+    def of(cls, x: Tensor, bits: int) -> Self:
+        """A block that is zero, or so small that float16 has no scale for it, rounds to zero."""
+        size, most = x.shape[-1], 2 ** (bits - 1) - 1
+        blocks = F.pad(x, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK)).float()
+        largest = torch.finfo(torch.float16).max
+        scales = (blocks.abs().amax(-1) / most).clamp(max=largest).half()
+        steps = torch.where(scales[..., None] > 0, blocks / scales[..., None].float(), 0)
+        codes = steps.round_().clamp_(-most, most).add_(most).to(torch.uint8)
+        return cls(codes.flatten(-2)[..., :size], scales, bits)
+
+    def values(self) -> Tensor:
+        """(..., n) in float32."""
+        size, most = self.codes.shape[-1], 2 ** (self.bits - 1) - 1
+        steps = F.pad(self.codes, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK)).float() - most
+        return (steps * self.scales[..., None]).flatten(-2)[..., :size]
+
+    def pack(self) -> Tensor:
+        """(..., `packed_bytes`) uint8: codes, then scales."""
+        codes, parts, taken = F.pad(self.codes, (0, -self.codes.shape[-1] % TOGETHER)), [], 0
+        for width in FIELDS[self.bits]:
+            part = (codes >> taken & (2**width - 1)).unflatten(-1, (8 // width, -1))
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+            parts.append((part << shifts[:, None]).sum(-2, dtype=torch.uint8))
+            taken += width
+        return torch.cat((*parts, self.scales.contiguous().view(torch.uint8)), dim=-1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor, size: int, bits: int) -> Self:
+        """What `pack` gave, of `size` values each."""
+        together = -(-size // TOGETHER)
+        *parts, scales = packed.split([*(together * width for width in FIELDS[bits]), 2 * -(-size // BLOCK)], dim=-1)
+        codes, taken = torch.zeros((), dtype=torch.uint8, device=packed.device), 0
+        for width, part in zip(FIELDS[bits], parts, strict=True):
+            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+            codes = codes | ((part[..., None, :] >> shifts[:, None] & (2**width - 1)) << taken).flatten(-2)
+            taken += width
+        return cls(codes[..., :size], scales.contiguous().view(torch.float16), bits)

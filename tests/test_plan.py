@@ -19,9 +19,11 @@ def test_letters_and_policies_round_trip():
     assert plan.syncs() == 4 + 1  # the last MLP is dropped, so a flush is due
     assert Plan.full(4).syncs() == 8
     for wrong in ("DF X", "DF XF", "DFF"):
-        with pytest.raises(SPDError, match="two letters of F, D a block"):
+        with pytest.raises(SPDError, match="two letters of F, D, 8, 4, 3, 2, h, f, t, w, G a block"):
             Plan.from_letters(wrong)
-    with pytest.raises(SPDError, match="Unknown policy 'skip'; known: full, drop"):
+    with pytest.raises(
+        SPDError, match="Unknown policy 'skip'; known: full, drop, int8, int4, int3, int2, int8-plain, int4-plain"
+    ):
         Plan.from_policies([["skip", "full"]])
 
 

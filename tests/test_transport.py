@@ -26,6 +26,8 @@ def collectives(runtime: Runtime, processes: int) -> dict:
             found["differ"].append(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
             parts = zip(transport.all_gather(mine), ProcessGroup().all_gather(mine), strict=True)
             found["gathered"].append(all(torch.equal(*pair) for pair in parts))
+            each = torch.cat([mine + 100 * i for i in range(processes)])
+            found["gathered"].append(torch.equal(transport.exchange(each), ProcessGroup().exchange(each)))
     return found | {"transport": type(transport).__name__}
 
 
