@@ -185,10 +185,15 @@ def placement_costs(dropped: DroppedBlock, corrections: Tensor | None = None) ->
 
 @torch.no_grad()
 def place_neurons(dropped: DroppedBlock, corrections: Tensor | None = None) -> None:
-    """Moves every neuron to the shard that serves it best, equally many to each."""
-    costs = placement_costs(dropped, corrections)
-    shard = torch.from_numpy(balanced_assignment(costs.cpu().numpy()))
-    order = dropped.shards.agreed(shard.argsort(stable=True).to(costs.device))
+    """Moves every neuron to the shard that serves it best, as many to each as it has; free places stay free."""
+    costs, config, tp = placement_costs(dropped, corrections).cpu(), dropped.model.config, dropped.shards.tp
+    counts = [len(config.neurons_of(tp, shard)) for shard in range(tp)]
+    places = torch.arange(len(costs)).view(tp, -1)
+    taken = torch.cat([row[:count] for row, count in zip(places, counts, strict=True)])
+    shard = torch.from_numpy(balanced_assignment(costs[taken].numpy(), counts))
+    for number, count in enumerate(counts):
+        places[number, :count] = taken[shard == number]
+    order = dropped.shards.agreed(places.flatten().to(dropped.block.mlp.down.weight.device))
     permute_neurons(dropped.block, order, dropped.shards)
 
 

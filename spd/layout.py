@@ -38,12 +38,11 @@ def permute_heads(block: Block, order: Sequence[int] | Tensor, shards: Shards, c
     and columns of the output projection.
 
     Raises:
-        SPDError: not an order of the K groups, or K < tp, where shards hold copies of a key/value head.
+        SPDError: not an order of the K groups, or tp does not divide K: shards hold copies of key/value heads.
     """
-    if config.num_kv_heads < shards.tp:
-        raise SPDError(
-            f"Heads cannot be reordered at tp={shards.tp}: the {config.num_kv_heads} key/value heads are replicated."
-        )
+    if config.num_kv_heads % shards.tp:
+        reason = f"the {config.num_kv_heads} key/value heads are replicated, or not equally many on each shard."
+        raise SPDError(f"Heads cannot be reordered at tp={shards.tp}: {reason}")
     attention, size = block.attention, block.attention.head_dim
     queries_keys_values = [attention.h * size, attention.g * size, attention.g * size]
     parts = [
@@ -80,33 +79,33 @@ def _permute(parts: list[Tensor], order: Sequence[int] | Tensor, units: int, thi
 # Neurons
 
 
-def balanced_assignment(cost: np.ndarray) -> np.ndarray:
-    """The shard (F,) of each of F things, F / S on every shard, with the least sum of `cost` (F, S).
+def balanced_assignment(cost: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """The shard (F,) of each of F things, of which the S shards take `counts`, with the least sum of `cost` (F, S).
 
-    Each goes where cost and the shard's price are least, prices being such that the shards' numbers are about even;
+    Each goes where cost and the shard's price are least, prices being such that the shards' numbers are about right;
     then, one after another, things move along the cheapest path from a shard that has too many to one that has too
     few. A step of a path, from s to t, moves the thing of s that loses least by it, so that the graph has only S
     nodes. Whatever numbers the shards hold meanwhile, no assignment with these is cheaper (successive shortest paths).
 
     Raises:
-        SPDError: costs that are not finite, or F not a multiple of S.
+        SPDError: costs that are not finite, or `counts` that are not those of F things.
     """
     things, shards = cost.shape
-    if things % shards:
-        raise SPDError(f"{things} things cannot be shared out evenly over {shards} shards.")
+    if len(counts) != shards or sum(counts) != things:
+        raise SPDError(f"{things} things cannot be shared out to {shards} shards that take {list(counts)}.")
     if not np.isfinite(cost).all():
         raise SPDError("The costs of an assignment are not finite.")
-    share, prices = things // shards, np.zeros(shards)
-    for s in PRICE_ROUNDS * list(range(shards)):  # `share` things prefer s to any other
+    prices = np.zeros(shards)
+    for s in PRICE_ROUNDS * list(range(shards)):  # its number of things prefer s to any other
         prices[s] = 0
         others = np.delete(cost + prices, s, axis=1).min(1, initial=np.inf)
-        prices[s] = np.partition(others - cost[:, s], -share)[-share]
+        prices[s] = np.partition(others - cost[:, s], -counts[s])[-counts[s]]
     shard = (cost + prices).argmin(1)
     toll = 1e-12 * max(float(np.abs(cost).max()), np.finfo(float).tiny)  # lest rounding make a circle of steps a gain
     movers, steps = np.zeros((shards, shards), dtype=int), np.full((shards, shards), np.inf)
     changed = range(shards)
     while True:
-        excess = np.bincount(shard, minlength=shards) - share
+        excess = np.bincount(shard, minlength=shards) - counts
         if not excess.any():
             return shard
         for s in changed:
@@ -280,6 +279,8 @@ def group_heads(
     report = {"order": None, "scattering": None, "matching": None, "note": None}
     if units < tp:
         return report | {"note": f"the {units} key/value heads are copied to {tp} shards, so that no head can move"}
+    if units % tp:
+        return report | {"note": f"{units} key/value groups are not shared out evenly to {tp} shards: no head moves"}
     as_it_is = order = torch.arange(units, device=device).view(tp, -1)
     if units == tp:
         report["note"] = "a shard holds one key/value group, so that only the matching is left"

@@ -112,7 +112,7 @@ def test_assignment_is_balanced_and_optimal():
     generator = np.random.default_rng(0)
     for _ in range(20):
         cost = generator.random((6, 3))
-        shard = balanced_assignment(cost)
+        shard = balanced_assignment(cost, [2, 2, 2])
         assert np.bincount(shard).tolist() == [2, 2, 2]
         every = (p for p in itertools.product(range(3), repeat=6) if np.bincount(p, minlength=3).tolist() == [2, 2, 2])
         best = min(cost[range(6), p].sum() for p in every)
@@ -124,15 +124,25 @@ def test_assignment_of_many_equals_the_assignment_problem():
 
     cost = np.random.default_rng(1).random((240, 4)) ** 3 - [0.3, 0, 0, 0]  # all want shard 0
     _, seat = linear_sum_assignment(cost.repeat(60, axis=1))
-    mine = cost[range(240), balanced_assignment(cost)].sum()
+    mine = cost[range(240), balanced_assignment(cost, 4 * [60])].sum()
     assert mine == pytest.approx(cost[range(240), seat // 60].sum(), rel=1e-12)
 
 
+def test_uneven_counts_are_kept_and_optimal():
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        cost = generator.random((6, 3))
+        shard = balanced_assignment(cost, [3, 2, 1])
+        assert np.bincount(shard).tolist() == [3, 2, 1]
+        every = (p for p in itertools.product(range(3), repeat=6) if np.bincount(p, minlength=3).tolist() == [3, 2, 1])
+        assert cost[range(6), shard].sum() == pytest.approx(min(cost[range(6), p].sum() for p in every), abs=1e-12)
+
+
 def test_impossible_assignments_are_refused():
-    with pytest.raises(SPDError, match="evenly"):
-        balanced_assignment(np.zeros((5, 2)))
+    with pytest.raises(SPDError, match=r"5 things cannot be shared out to 2 shards that take \[2, 2\]"):
+        balanced_assignment(np.zeros((5, 2)), [2, 2])
     with pytest.raises(SPDError, match="not finite"):
-        balanced_assignment(np.full((4, 2), np.nan))
+        balanced_assignment(np.full((4, 2), np.nan), [2, 2])
 
 
 @pytest.mark.parametrize("config", [PLAIN, BIASED])

@@ -7,14 +7,17 @@ import pytest
 import torch
 from conftest import hf_config, random_model, with_tokenizer
 from oracle import spd_logits
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spd import Plan, SPDModel
 from spd.checkpoint import Slice, shard_slices
 from spd.comm import Shards
 from spd.config import SHAPES, ModelConfig
+from spd.distill import distill, recipe_named
 from spd.errors import SPDError
 from spd.launch import Runtime, spawn
+from spd.layout import permute_heads
 from spd.machines import Pass
 
 SHAPE = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 50, "head_dim": 8}
@@ -158,3 +161,79 @@ def test_a_degree_whose_heads_no_folder_can_hold(nine, tmp_path):
     with pytest.raises(SPDError, match="tp=5 cannot be exported: .* 36 is none of any multiple of 5 from 10 on"):
         SPDModel.from_pretrained(nine[0], tp=5).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- after repairs
+
+
+def free_places(model) -> dict[str, torch.Tensor]:
+    """The parts of every parameter that stand where a shard has no head or neuron, counted by hand."""
+    config, tp, d, found = model.config, model.tp, model.config.head_dim, {}
+    for i, block in enumerate(model.transformer.blocks):
+        h, n = block.attention.h, block.mlp.down.weight.shape[2]
+        for j in range(tp):
+            heads, neurons = (len(torch.tensor_split(torch.arange(count), tp)[j]) for count in (9, 50))
+            assert (config.num_heads, config.intermediate_size) == (9, 50)
+            for kind in ("weight", "bias"):
+                qkv, gate_up = getattr(block.attention.qkv, kind), getattr(block.mlp.gate_up, kind)
+                if qkv is not None and block.attention.g == h:
+                    found[f"{i} {j} qkv {kind}"] = qkv[j].unflatten(0, (3, h, d))[:, heads:]
+                if gate_up is not None:
+                    found[f"{i} {j} gate_up {kind}"] = gate_up[j].unflatten(0, (2, n))[:, neurons:]
+            found[f"{i} {j} out"] = block.attention.out.weight[j].unflatten(1, (h, d))[:, heads:]
+            found[f"{i} {j} down"] = block.mlp.down.weight[j][:, neurons:]
+    return found
+
+
+def repaired(folder, out, recipe: str, tp: int, classes=None, **changes) -> tuple[SPDModel, dict]:
+    model = SPDModel.from_pretrained(folder, tp=tp)
+    document = {"policies": [["drop", "full"], ["full", "full"], ["drop", "full"]]}
+    document |= {"model": model.describe(), "tp": tp} | ({"classes": classes} if classes else {})
+    windows = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(2))
+    return model, distill(model, windows, document, recipe_named(recipe, **changes), out)
+
+
+@pytest.mark.parametrize("tp", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [("closed-form", {}), ("b2b+hg", {"epochs": 2}), ("best", {"epochs": 2, "joint_epochs": 2, "generated": 2})],
+)
+def test_free_places_stay_zero_through_repairs(nine, tmp_path, recipe, changes, tp):
+    """And the changed tensors on disk give the repaired model again."""
+    changes |= {"learning_rate": 1e-3} if recipe == "b2b+hg" else {}
+    model, result = repaired(nine[0], tmp_path / "out", recipe, tp, **changes)
+    assert [bool(block["note"]) for block in result["blocks"]] == [False] * 3, result["blocks"]
+    assert result["blocks"][0]["loss_after"] < result["blocks"][0]["loss_before"]
+    free = free_places(model)
+    assert sum(place.numel() for place in free.values()) > 0
+    assert not [name for name, place in free.items() if place.any()]
+    again = SPDModel.from_pretrained(nine[0], tp=tp)
+    again.load_plan(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again.transformer(TOKENS), model.transformer(TOKENS))
+
+
+def test_heads_stay_where_groups_are_uneven_and_say_so(nine, tmp_path):
+    model, result = repaired(nine[0], tmp_path / "out", "b2b+hg", 4, epochs=1)
+    grouping = result["blocks"][0]["grouping"]
+    assert grouping["order"] is None and "3 key/value heads are copied" in grouping["note"]
+    with pytest.raises(SPDError, match="cannot be reordered at tp=4"):
+        permute_heads(model.transformer.blocks[0], range(3), model.transformer.shards, model.config)
+    _, result = repaired(nine[0], tmp_path / "two", "b2b+hg", 2, epochs=1)
+    assert "3 key/value groups are not shared out evenly to 2" in result["blocks"][0]["grouping"]["note"]
+    even, result = repaired(nine[0], tmp_path / "even", "b2b+hg", 3, epochs=1)  # only the neurons are uneven
+    assert sorted(result["blocks"][0]["grouping"]["order"]) == [0, 1, 2]
+    assert not any(place.any() for place in free_places(even).values())
+
+
+def test_exported_repair_is_the_repaired_model(nine, tmp_path):
+    repaired(nine[0], tmp_path / "repair", "closed-form", 4)
+    model = SPDModel.from_pretrained(nine[0], tp=4)
+    model.load_plan(tmp_path / "repair")
+    model.save_pretrained(tmp_path / "out")
+    again = SPDModel.from_pretrained(tmp_path / "out", tp=4)
+    again.load_plan(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again.transformer(TOKENS), model.transformer(TOKENS))
+    up = load_file(tmp_path / "out" / "model-00002-of-00004.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert not up.view(4, 13, 36)[2:, 12].any() and up.view(4, 13, 36)[:2, 12].any()
