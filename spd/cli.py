@@ -68,7 +68,7 @@ PROMPT = (
     option("--batch", "Sequences.", at_least(1), 1),
     option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
     option("--new-tokens", "Tokens decoded to time TPOT; 0 leaves it out.", at_least(0), 16),
-    option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us: emulated, or predicted over."),
+    option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us or 25Gbit,20us."),
 )
 PERCENTAGES = option("--percentages", "Of blocks to drop, as in 0,25,50; left out: every number.", percentages)
 SENSITIVITY = option("sensitivity", "What 'sensitivity --out' wrote.", Path, metavar="SENSITIVITY.json")
@@ -297,7 +297,7 @@ def bench(session: Session) -> None:
     option("--shape", "Named shape, as llama2-70b.", required=True),
     option("--gpu", "Named GPU; left out: a100."),
     option("--tp", "GPUs, one shard each.", at_least(1), 8),
-    option("--nodes", "Nodes they are on: which measured all-reduce counts.", at_least(1), 1),
+    option("--nodes", "Nodes they are on: which measured all-reduce counts; left out: the link's, or 1.", at_least(1)),
     option("--percent", "Percentages of blocks that drop their attention sync.", percentages, "70"),
     option("--launch-us", "Host time an operator waits for; 0 under CUDA graphs.", at_least(0, float), 0.0),
     option("--calibration", "A machine that 'profile' calibrated, not a GPU.", Path),
@@ -306,12 +306,16 @@ def bench(session: Session) -> None:
 def predict(session: Session) -> None:
     """Latency on machines that are not at hand: TTFT, TPOT, share of communication, what dropping gains, the ceiling.
 
-    reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own.
+    reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own. --link may be a name, as nvlink4;
+    'help' lists the names, what measured each, and how far off it is at a size left out.
     """
     from spd.latency import ask
+    from spd.machines import preset_errors
     from spd.pretrained import describe
 
     o = session.options
+    if o.link == "help":
+        return session.publish({"links": preset_errors()})
     same = ("nodes", "link", "calibration", "batch", "prompt_len", "new_tokens", "launch_us")
     result, config = ask(o.shape, o.percent, o.tp, gpu_name=o.gpu, **{name: getattr(o, name) for name in same})
     session.publish(result, describe(config, o.shape, f"shape-{o.shape}"))

@@ -40,12 +40,13 @@ class Link:
 
     @classmethod
     def parse(cls, spec: str) -> "Link":
-        """From `10GBps,20us` (bytes, not bits)."""
+        """From `10GBps,20us` (bytes a second) or `25Gbit,20us` (bits a second)."""
         number = r"(\d+(?:\.\d+)?)"
-        match = re.fullmatch(rf"{number}\s*([KMGT]?)Bps\s*,\s*{number}\s*(ns|us|ms|s)", spec.strip())
+        match = re.fullmatch(rf"{number}\s*([KMGT]?)(Bps|bit)\s*,\s*{number}\s*(ns|us|ms|s)", spec.strip())
         if not match or float(match[1]) == 0:
             raise SPDError(f"'{spec}' is not a link; the form is BANDWIDTH,LATENCY as in '10GBps,20us'.")
-        return cls(float(match[1]) * _UNITS[match[2]], float(match[3]) * _SECONDS[match[4]], spec.strip())
+        unit = _UNITS[match[2]] / (8 if match[3] == "bit" else 1)
+        return cls(float(match[1]) * unit, float(match[4]) * _SECONDS[match[5]], spec.strip())
 
     def all_reduce_seconds(self, payload: float, participants: int) -> float:
         """Ring all-reduce of `payload` bytes: latency + 2 (n-1)/n payload / bandwidth; none among one."""

@@ -13,7 +13,18 @@ from spd.calibrate import read
 from spd.comm import Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError
-from spd.machines import KINDS, AllReduce, Machine, Pass, gpu, link_all_reduce, measured_all_reduce, timed_passes
+from spd.machines import (
+    KINDS,
+    AllReduce,
+    Machine,
+    Pass,
+    gpu,
+    link_all_reduce,
+    measured_all_reduce,
+    preset_all_reduce,
+    presets,
+    timed_passes,
+)
 from spd.plan import Plan
 from spd.planner import blocks_of
 
@@ -122,7 +133,7 @@ def ask(
     tp: int = 8,
     *,
     gpu_name: str | None = None,
-    nodes: int = 1,
+    nodes: int | None = None,
     link: str | None = None,
     calibration: Path | None = None,
     launch_us: float = 0.0,
@@ -132,31 +143,44 @@ def ask(
 
     Of several percentages the document is the last one's; `percentages` has TTFT, TPOT, reduction and speedup of all.
     The machine is a named GPU (a100 if none is named) or a calibration. Its all-reduce is the link given (beside a
-    calibration's own: emulated after it, as `bench --link` does), else NCCL's measured table, else the calibration's.
+    calibration's own: emulated after it, as `bench --link` does, where it has no name), else NCCL's measured table,
+    else the calibration's.
     """
     config = named_shape(shape)
     config.validate_tp(tp)
-    if tp % nodes:
+    if tp % (nodes or 1):
         raise SPDError(f"tp={tp} cannot be spread evenly over {nodes} nodes.")
     if calibration is not None and gpu_name is not None:
         raise SPDError("A calibration is a machine already; give either --gpu or --calibration.")
-    over = None if link is None else link_all_reduce(Link.parse(link), tp)
+    over = None if link is None else all_reduce_over(link, tp, nodes)
     if calibration is None:
         machine = gpu(gpu_name or DEFAULT_GPU, 1e-6 * launch_us)
-        all_reduce = over or measured_all_reduce(machine.name, tp, nodes)
+        all_reduce = over or measured_all_reduce(machine.name, tp, nodes or 1)
     else:
         machine, own = read(calibration, tp)
-        all_reduce = own if over is None else followed_by(own, over)
+        all_reduce = over if link in presets() else own if over is None else followed_by(own, over)
     prediction = Prediction(config, machine, all_reduce, tp, **prompt)
     results = [predict(prediction, one) for one in (percent if isinstance(percent, list) else [percent])]
     result = results[-1]
     if len(results) > 1:
         result["percentages"] = [{key: one[key] for key in COMPARED} for one in results]
-    asked = {"shape": shape, "machine": machine.name, "nodes": nodes, "link": all_reduce.name, "launch_us": launch_us}
-    asked |= {key: getattr(prediction, key) for key in ("batch", "prompt_len", "new_tokens")}
     note = config.padding_note(tp)
     assumed = [TABLE if calibration is None else CALIBRATION, *ASSUMPTIONS, *([note] if note else [])]
+    if (nodes or 1) > 1 and over is not None:
+        assumed.append(f"The link is the slowest hop of one ring over all GPUs: that between the {nodes} nodes.")
+    asked = {"shape": shape, "machine": machine.name, "nodes": nodes or all_reduce.nodes, "link": all_reduce.name}
+    asked |= {"launch_us": launch_us} | {key: getattr(prediction, key) for key in ("batch", "prompt_len", "new_tokens")}
     return result | asked | {"assumptions": assumed}, config
+
+
+def all_reduce_over(link: str, tp: int, nodes: int | None = None) -> AllReduce:
+    """Of a link's name, or of its slowest hop and latency as in `10GBps,20us`."""
+    if "," in link:
+        return link_all_reduce(Link.parse(link), tp)
+    if link in presets():
+        return preset_all_reduce(link, tp, nodes)
+    known = ", ".join(presets())
+    raise SPDError(f"'{link}' is not a link; give BANDWIDTH,LATENCY as in '10GBps,20us', or one of {known}.")
 
 
 def followed_by(real: AllReduce, emulated: AllReduce) -> AllReduce:

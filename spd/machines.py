@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from spd.comm import Link
 from spd.config import SHAPES, ModelConfig
@@ -251,6 +252,7 @@ class AllReduce:
 
     name: str
     seconds: Callable[[float], float]
+    nodes: int = 1
 
     def __call__(self, payload: float) -> float:
         return self.seconds(payload)
@@ -261,18 +263,38 @@ def link_all_reduce(link: Link, tp: int) -> AllReduce:
     return AllReduce(link.spec, lambda payload: link.all_reduce_seconds(payload, tp))
 
 
+NOTHING_TO_REDUCE = AllReduce("none", lambda payload: 0.0)
+
+
 def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> AllReduce:
-    """NCCL's: the table interpolated in the logarithms of both; beyond it the least time, and the last bandwidth."""
+    """NCCL's on the nodes that a named GPU comes in, read as a table."""
     if tp == 1:
-        return AllReduce("none", lambda payload: 0.0)
-    sizes, seconds = all_reduce_table(gpu_name, tp, nodes)
+        return NOTHING_TO_REDUCE
+    system = gpu_row(gpu_name)["all_reduce_system"]
+    return AllReduce(
+        f"NCCL measured on {system}, {nodes} x {tp // nodes}", as_table(*all_reduce_table(gpu_name, tp, nodes))
+    )
+
+
+def as_table(sizes: Sequence[float], seconds: Sequence[float]) -> Callable[[float], float]:
+    """Seconds by bytes, interpolated in the logarithms of both; beyond it the least size's, and the last bandwidth."""
 
     def interpolated(payload: float) -> float:
         within = float(np.exp(interpolate(payload, sizes, np.log(seconds))))
         return within * max(1, payload / sizes[-1])
 
-    system = gpu_row(gpu_name)["all_reduce_system"]
-    return AllReduce(f"NCCL measured on {system}, {nodes} x {tp // nodes}", interpolated)
+    return interpolated
+
+
+def as_curve(sizes: Sequence[float], seconds: Sequence[float]) -> Callable[[float], float]:
+    """The same by a monotone cubic, which a table of few sizes is nearer to at those between."""
+    curve = PchipInterpolator(np.log(sizes), np.log(seconds))
+
+    def interpolated(payload: float) -> float:
+        within = float(np.exp(curve(np.log(np.clip(payload, sizes[0], sizes[-1])))))
+        return within * max(1, payload / sizes[-1])
+
+    return interpolated
 
 
 @cache
@@ -287,9 +309,64 @@ def all_reduce_table(gpu_name: str, tp: int, nodes: int) -> tuple[tuple[float, .
         known = ", ".join(f"tp={w} on {n} node{'s' * (n > 1)}" for w, n in tables) or "none"
         raise SPDError(
             f"No all-reduce table for {gpu_name} with tp={tp} on {nodes} node{'s' * (nodes > 1)} (measured: {known}); "
-            "give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us'."
+            f"give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us', or by name ({', '.join(presets())})."
         )
     return tuple(zip(*sorted(tables[tp, nodes]), strict=True))
+
+
+@cache
+def presets() -> dict[str, list[dict[str, str]]]:
+    """Links by name: for each number of GPUs it was measured with, what and who measured it; or one formula."""
+    found = {}
+    for row in read_profile("presets"):
+        found.setdefault(row["preset"], []).append(row)
+    return found
+
+
+@cache
+def preset_table(name: str, devices: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Bytes and seconds of a preset's all-reduces, marked outliers left out."""
+    rows = [row for row in read_profile("links") if (row["preset"], row["devices"]) == (name, devices)]
+    kept = [(float(row["bytes"]), 1e-6 * float(row["us"])) for row in rows if not row["note"].startswith("outlier")]
+    return tuple(zip(*sorted(kept), strict=True))
+
+
+def preset_all_reduce(name: str, tp: int, nodes: int | None = None) -> AllReduce:
+    """That of the table with the number of GPUs nearest to `tp`, at payloads whose ring moves as many bytes."""
+    rows = presets()[one_of("link", name, presets())]
+    if tp == 1:
+        return NOTHING_TO_REDUCE
+    if not rows[0]["devices"]:
+        link = Link.parse(rows[0]["formula"])
+        return AllReduce(f"{name}, by formula {link.spec}", link_all_reduce(link, tp).seconds)
+    row = min(rows, key=lambda one: abs(np.log(int(one["devices"]) / tp)))
+    if nodes not in (None, int(row["nodes"])):
+        raise SPDError(f"The link {name} was measured on {row['nodes']} node(s), so --nodes {nodes} is not what it is.")
+    seconds = as_curve(*preset_table(name, row["devices"]))
+    scale = ring_bytes(1, tp) / ring_bytes(1, int(row["devices"]))
+    told = f"{name}: {row['all_reduce']} on {row['system']}" + (f", read for {tp}" if scale != 1 else "")
+    return AllReduce(told, lambda payload: seconds(scale * payload), int(row["nodes"]))
+
+
+def preset_errors() -> list[dict]:
+    """A row a preset and number of GPUs: who measured it, and how far off each size is when it is left out."""
+    found = []
+    for name, row in ((name, row) for name, rows in presets().items() for row in rows):
+        told = {key: int(row[key]) if row[key] else None for key in ("devices", "nodes")}
+        told = {"link": name, **told, **{key: row[key] for key in ("system", "all_reduce", "formula", "source")}}
+        errors = left_out_errors(*preset_table(name, row["devices"])) if row["devices"] else []
+        worst = max(errors, default=None)
+        found.append({**told, "median_error": float(np.median(errors)) if errors else None, "worst_error": worst})
+    return found
+
+
+def left_out_errors(sizes: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """Relative errors, without sign, of each size read from all others."""
+    found = []
+    for i, (size, measured) in enumerate(zip(sizes, seconds, strict=True)):
+        others = [(*values[:i], *values[i + 1 :]) for values in (sizes, seconds)]
+        found.append(abs(as_curve(*others)(size) / measured - 1))
+    return found
 
 
 def ring_bytes(payload: float, participants: int) -> float:

@@ -46,6 +46,9 @@ from spd.machines import (
     gpu,
     link_all_reduce,
     measured_all_reduce,
+    preset_all_reduce,
+    preset_errors,
+    presets,
     read_profile,
 )
 from spd.plan import Plan
@@ -129,6 +132,63 @@ def test_a_machine_with_higher_peaks_is_faster_and_a_launch_time_adds_up():
     plain, slow = (Prediction(SHAPES["llama2-7b"], gpu("a100", launch), link, 8) for launch in (0, 1e-5))
     more = slow.dropping("ttft", 0).total - plain.dropping("ttft", 0).total
     assert more == pytest.approx(1e-5 * (32 * 11 + 3))
+
+
+# ---------------------------------------------------------------- links by name
+
+
+@pytest.mark.parametrize("row", preset_errors(), ids=lambda row: f"{row['link']}-{row['devices']}")
+def test_a_size_left_out_of_a_link_within_a_node_is_read_to_ten_percent(row):
+    assert row["source"] and row["all_reduce"]
+    if row["devices"] is None:
+        assert row["median_error"] is None and row["source"].startswith("by formula")
+    elif row["nodes"] == 1:
+        assert row["median_error"] <= 0.10
+    else:
+        assert row["median_error"] <= 0.25 and row["worst_error"] < 1.1
+
+
+def test_every_measured_size_of_a_link_is_reproduced():
+    for row in read_profile("links"):
+        seconds = preset_all_reduce(row["preset"], int(row["devices"]))(float(row["bytes"]))
+        if "outlier" not in row["note"]:
+            assert 1e6 * seconds == pytest.approx(float(row["us"]), rel=1e-9)
+
+
+def test_links_are_those_of_the_shared_profiles(shared):
+    with open(shared / "profiles/links.csv") as file:
+        measured = {(r["system"], r["bytes"], float(r["us"])) for r in csv.DictReader(file)}
+    systems = {(p["preset"], p["devices"]): p["system"] for rows in presets().values() for p in rows}
+    rows = [(systems[r["preset"], r["devices"]], r["bytes"], float(r["us"])) for r in read_profile("links")]
+    assert len(rows) == 173 and set(rows) <= measured
+
+
+def test_an_all_reduce_is_another_kernel_s_at_another_size():
+    """On one switch a one-shot kernel is twice as fast as NCCL for a token, and behind it for a prompt."""
+    nccl, one_shot = preset_all_reduce("pcie5-p2p", 4), preset_all_reduce("pcie5-one-shot", 4)
+    assert nccl(16 << 10) > 1.7 * one_shot(16 << 10) and nccl(1 << 20) < one_shot(1 << 20)
+
+
+def test_a_link_among_other_numbers_of_gpus_moves_as_many_bytes_and_says_so():
+    eight, two = preset_all_reduce("nvlink5", 8), preset_all_reduce("nvlink5", 2)
+    assert two(7 << 20) == pytest.approx(eight(4 << 20)) and "read for 2" in two.name
+    assert preset_all_reduce("nvlink4", 1)(1 << 20) == 0
+    assert "4x H100" in preset_all_reduce("nvlink4", 4).name and "8x H200" in preset_all_reduce("nvlink4", 8).name
+
+
+def test_bits_are_understood_and_ethernet_is_a_formula():
+    assert Link.parse("25Gbit,10us").bandwidth == 25e9 / 8 and Link.parse("1GBps,10us").bandwidth == 1e9
+    assert preset_all_reduce("tcp-1gbe", 4)(1e6) == link_all_reduce(Link.parse("1Gbit,900us"), 4)(1e6)
+
+
+def test_a_named_link_has_its_nodes_and_replaces_a_calibration_s_own():
+    result, _ = ask("llama2-7b", 50, 8, link="ib-2x4")
+    assert result["nodes"] == 2 and result["link"].startswith("ib-2x4: NCCL on 2 nodes x 4 H100")
+    with pytest.raises(SPDError, match="measured on 2 node"):
+        ask("llama2-7b", 50, 8, link="ib-2x4", nodes=1)
+    with pytest.raises(SPDError, match="nvlink3, nvlink4"):
+        ask("llama2-7b", 50, 8, link="nvlink")
+    assert "between the 2 nodes" in ask("llama2-7b", 50, 8, link="25Gbit,20us", nodes=2)[0]["assumptions"][-1]
 
 
 # ---------------------------------------------------------------- predictions
