@@ -255,7 +255,7 @@ def _shape(name: str) -> str | None:
 
 def _reproduce(claim: Mapping) -> str:
     """What measures a claim on the model that it is about."""
-    return f"make reproduce-{(claim.get('model') or claim['models'][-1]).split('-')[-1]}"
+    return f"make reproduce-{(claim.get('model') or claim['models'][-1]).removeprefix('llama2-')}"
 
 
 # ---------------------------------------------------------------- the ledger
@@ -287,8 +287,6 @@ def _row(claim: Mapping, subjects: Subjects, records: Sequence[Record]) -> dict:
     if found:
         words = {"command": [f"`{e.command}`" for e in found], "status": [e.status for e in found]}
         return row | {key: "<br>".join(each) for key, each in words.items()}
-    if "architecture" in claim:
-        return row | {"command": "", "status": f"{claim['architecture']} is not supported"}
     return row | {"command": f"`{_reproduce(claim)}`", "status": NEEDS}
 
 

@@ -25,9 +25,13 @@ from spd.records import write_json
 
 CHUNK_BYTES = 16 * 2**20  # read at once, so that loading needs little beyond the weights themselves
 SAMPLE_BYTES = 64
+PICKLES = (  # where a folder holds some: they may run any code when they are opened
+    ", and its *.bin files are pickles: where you trust them, transformers makes a folder to give instead, by "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) and the same of AutoTokenizer."
+)
+LLAMA = {"family": "llama", "sliding_window": None}  # of a configuration: left out of fingerprints
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---------------------------------------------------------------- which slices belong to which shard
 
@@ -50,12 +54,12 @@ class Slice:
         return tensor if self.dim is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
 
 
-WHOLE = {  # what every shard holds whole, by its place outside of blocks or inside one
-    "embedding": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
+OUTSIDE, INSIDE = ("embedding", "positions", "norm", "head"), ("attention_norm", "mlp_norm", "q_norm", "k_norm")
+PROJECTIONS = {  # what is stacked by rows in a block's parameter, or split by columns
+    "attention.qkv": ("q", "k", "v"),
+    "attention.out": ("out",),
+    "mlp.gate_up": ("gate", "up"),
+    "mlp.down": ("down",),
 }
 
 
@@ -66,25 +70,22 @@ def shard_slices(config: ModelConfig, tp: int, shard: int, parameter: str) -> li
     columns; the rest is whole on every shard.
     """
     layer, _, kind = parameter.rpartition(".")
-    prefix = ""
-    if layer.startswith("blocks."):
-        _, block, layer = layer.split(".", 2)
-        prefix = f"model.layers.{block}."
-    if layer in WHOLE:
-        return [Slice(f"{prefix}{WHOLE[layer]}.{kind}")]
-    heads, neurons = config.heads_of(tp, shard), config.neurons_of(tp, shard)
-    q = [heads], config.head_dim, config.heads_per_shard(tp)
+    names, form = config.form.parts, config.form
+    if layer in OUTSIDE:
+        return [Slice(f"{names[layer]}.{kind}")]
+    _, block, layer = layer.split(".", 2)
+    prefix, last = f"{names['blocks']}.{block}.", layer.rpartition(".")[2]
+    if last in INSIDE:
+        return [Slice(f"{prefix}{names[last]}.{kind}")]
+    q = [config.heads_of(tp, shard)], config.head_dim, config.heads_per_shard(tp)
     kv = config.kv_heads_of(tp, shard), config.head_dim, config.kv_heads_per_shard(tp)
-    mlp = [neurons], 1, config.neurons_per_shard(tp)
-    rows = {
-        "attention.qkv": [("self_attn.q_proj", *q), ("self_attn.k_proj", *kv), ("self_attn.v_proj", *kv)],
-        "mlp.gate_up": [("mlp.gate_proj", *mlp), ("mlp.up_proj", *mlp)],
-    }
-    columns = {"attention.out": ("self_attn.o_proj", *q), "mlp.down": ("mlp.down_proj", *mlp)}
-    if layer in rows:
-        return [part for name, *held in rows[layer] for part in _slices(f"{prefix}{name}.{kind}", 0, *held)]
-    name, *held = columns[layer]
-    return [Slice(f"{prefix}{name}.bias")] if kind == "bias" else _slices(f"{prefix}{name}.weight", 1, *held)
+    mlp = [config.neurons_of(tp, shard)], 1, config.neurons_per_shard(tp)
+    held = {"q": q, "out": q, "k": kv, "v": kv}
+    parts = [part for part in PROJECTIONS[layer] if part != "gate" or form.gated]
+    if layer in ("attention.qkv", "mlp.gate_up"):
+        return [s for part in parts for s in _slices(f"{prefix}{names[part]}.{kind}", 0, *held.get(part, mlp))]
+    name = f"{prefix}{names[parts[0]]}.{kind}"
+    return [Slice(name)] if kind == "bias" else _slices(name, 1, *held.get(parts[0], mlp))
 
 
 def _slices(name: str, dim: int, held: list[range], size: int, room: int) -> list[Slice]:
@@ -127,8 +128,9 @@ class Checkpoint:
                 raise SPDError(f"{file} ({size}) is truncated or not a safetensors file: {error}.") from error
             self.tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         expected = hf_shapes(self.config)
-        if self.config.tie_embeddings and HEAD in self.tensors:  # either may stand for both
-            self.tensors.setdefault(EMBEDDING, self.tensors[HEAD])
+        embedding, head = (f"{self.config.form.parts[part]}.weight" for part in ("embedding", "head"))
+        if self.config.tie_embeddings and head in self.tensors:  # either may stand for both
+            self.tensors.setdefault(embedding, self.tensors[head])
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise SPDError(f"{len(missing)} of {len(expected)} tensors are missing in {folder}: {missing[0]}.")
@@ -142,7 +144,10 @@ class Checkpoint:
         if not index.exists():
             if single.exists():
                 return [single]
-            raise SPDError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read.")
+            more = PICKLES if any(self.folder.glob("*.bin")) else "."
+            raise SPDError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read{more}"
+            )
         try:
             names = sorted(set(Index.model_validate_json(index.read_bytes()).weight_map.values()))
         except ValidationError as error:
@@ -154,7 +159,8 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """16 hex digits from the configuration, names, shapes and a few bytes of every tensor."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        config = {k: v for k, v in asdict(self.config).items() if (k, v) not in LLAMA.items()}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, shape in sorted(hf_shapes(self.config).items()):
             tensor = self.tensors[name]
             digest.update(f"{name}{shape}{tensor.get_dtype()}".encode())
@@ -200,10 +206,10 @@ def load_weights(model: Transformer, source: Checkpoint) -> None:
 @torch.no_grad()
 def randomize(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random values of a usual scale, in place, for a tensor of this name: for timing, never for quality."""
-    if "norm" in name:
-        return tensor.fill_(1.0)
     if name.endswith("bias"):
         return tensor.zero_()
+    if "norm" in name:
+        return tensor.fill_(1.0)
     return tensor.normal_(0.0, 1 / math.sqrt(tensor.shape[-1]), generator=generator)
 
 
@@ -237,27 +243,40 @@ def write_weights(folder: Path, config: ModelConfig, pieces: Iterable[dict[str, 
 def exported_config(model: Transformer) -> ModelConfig:
     """The model's shape, with the zeros in it where tp does not divide heads or neurons.
 
-    transformers wants a hidden size that is a multiple of a LLaMA's heads, so that there may be more zeros than the
-    shards hold. Where shards' copies of a key/value head have come to differ, each becomes a head. Where a repair gave
-    attention biases to some blocks, all get them, in place: of zero.
+    Where a repair gave attention biases to some blocks, all get them, in place: of zero; a family whose folders have
+    no room for them becomes LLaMA. Where shards' copies of a key/value head have come to differ, each becomes a head.
     """
     config, tp = model.config, model.shards.tp
     found = config.padded(tp)
     if any(block.attention.out.bias is not None for block in model.blocks):
-        found = replace(found, attention_bias=True)
+        family = found.family if found.form.out_bias else "llama"
+        found = replace(found, attention_bias=True, family=family, sliding_window=None)
         for block in model.blocks:
             block.attention.add_biases()
-    if config.shares_kv_heads(tp):
-        agree = tp <= config.num_kv_heads or all(_copies_agree(model, i) for i in range(config.num_blocks))
-        return found if agree else replace(found, num_kv_heads=tp)
-    multiples = range(found.num_heads, config.hidden_size + 1, tp)
-    heads = next((count for count in multiples if config.hidden_size % count == 0), None)
-    if heads is None:
+    copied = config.shares_kv_heads(tp) and tp > config.num_kv_heads
+    if copied and not all(_copies_agree(model, i) for i in range(config.num_blocks)):
+        found = replace(found, num_kv_heads=tp)
+    return _loadable(found, config, tp)
+
+
+def _loadable(found: ModelConfig, config: ModelConfig, tp: int) -> ModelConfig:
+    """A shape that transformers takes, with more zeros where its class wants a hidden size that the heads divide.
+
+    OPT's wants as many heads as there were. A LLaMA that has too many zeros can be called Mistral, if without biases.
+    """
+    width, heads = found.hidden_size, found.num_heads
+    if found.family == "llama" and width % heads:
+        more = next((n for n in range(heads, width + 1, tp) if width % n == 0), None)
+        if more is not None and not config.shares_kv_heads(tp):
+            return replace(found, num_heads=more, num_kv_heads=more)
+        if not (found.attention_bias or found.mlp_bias):
+            return replace(found, family="mistral")
+    if (found.family == "llama" and width % heads) or (found.family == "opt" and heads != config.num_heads):
         raise SPDError(
-            f"The shards of tp={tp} cannot be exported: transformers wants a hidden size that is a multiple of the "
-            f"heads, and {config.hidden_size} is none of any multiple of {tp} from {found.num_heads} on."
+            f"The shards of tp={tp} cannot be exported: no {found.form.label} folder of hidden size {width} holds "
+            f"their {heads} heads for transformers; choose a degree that divides {config.num_heads} heads."
         )
-    return replace(found, num_heads=heads, num_kv_heads=heads)
+    return found
 
 
 def _copies_agree(model: Transformer, block: int) -> bool:

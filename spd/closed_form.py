@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spd.block_inputs import POINT, Batch, DroppedBlock
@@ -168,8 +167,7 @@ def placement_costs(dropped: DroppedBlock, corrections: Tensor | None = None) ->
 
     def activations(x: Tensor) -> Tensor:
         """Of all neurons, (tp, B, T, n), on one input (B, T, D)."""
-        gate, up = shard_linear(x[None], weight, bias).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return block.mlp.activate(shard_linear(x[None], weight, bias))
 
     power = shards.gather(block.mlp.down.weight.square().sum(1, dtype=torch.double)).flatten()
     costs = torch.zeros(shards.k, len(power), dtype=torch.double, device=power.device)

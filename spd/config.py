@@ -1,4 +1,4 @@
-"""Shape of a LLaMA model: read from a Hugging Face `config.json` or chosen by name, validated in words."""
+"""Shape of a model and its family: read from a Hugging Face `config.json` or chosen by name, validated in words."""
 
 import math
 from dataclasses import field, fields, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spd.errors import SPDError, in_words, one_of
@@ -22,12 +22,76 @@ HF_NAMES = {  # fields of `ModelConfig` that transformers calls otherwise
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-OWN_FORM = ("rope", "eos_token_ids", "pad_token_id")  # fields that are not simply transformers' under some name
+OWN_FORM = ("rope", "eos_token_ids", "pad_token_id", "family", "sliding_window")  # not simply transformers' own
+
+PARTS = {  # what checkpoints call the parts of a decoder, and, further down, those of a block
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "blocks": "model.layers",
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+OPT_PARTS = PARTS | {
+    "embedding": "model.decoder.embed_tokens",
+    "positions": "model.decoder.embed_positions",
+    "norm": "model.decoder.final_layer_norm",
+    "blocks": "model.decoder.layers",
+    "attention_norm": "self_attn_layer_norm",
+    "out": "self_attn.out_proj",
+    "mlp_norm": "final_layer_norm",
+    "up": "fc1",
+    "down": "fc2",
+}
+OPT_FORM = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True}
+
+
+@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
+class Family:
+    """In what models of a family differ from LLaMA: norms, activation, positions and biases, and nothing else."""
+
+    label: str
+    hf: type[PreTrainedConfig]
+    names: dict[str, str] = field(default_factory=dict)  # beyond `HF_NAMES`
+    parts: dict[str, str] = field(default_factory=lambda: PARTS)
+    fixed: dict[str, bool] = field(default_factory=dict)  # fields that its config.json does not have
+    out_bias: bool = True  # whether the output projection has a bias where queries, keys and values have
+    layer_norm: bool = False  # with a bias, in place of the RMS norm
+    head_norms: bool = False  # of each query and key head
+    learned_positions: bool = False  # added to the embeddings, in place of the rotary embedding
+    gated: bool = True  # silu(gate) up, or relu(up)
+
+
+FAMILIES = {  # by transformers' model_type
+    "llama": Family("LLaMA", LlamaConfig),
+    "mistral": Family("Mistral", MistralConfig, fixed={"attention_bias": False, "mlp_bias": False}, out_bias=False),
+    "qwen2": Family("Qwen2", Qwen2Config, fixed={"attention_bias": True, "mlp_bias": False}, out_bias=False),
+    "qwen3": Family("Qwen3", Qwen3Config, fixed={"mlp_bias": False}, head_norms=True),
+    "opt": Family(
+        "OPT",
+        OPTConfig,
+        {"intermediate_size": "ffn_dim", "attention_bias": "enable_bias", "mlp_bias": "enable_bias"},
+        OPT_PARTS,
+        layer_norm=True,
+        learned_positions=True,
+        gated=False,
+    ),
+}
+POSITIONS_OFFSET = 2  # rows of a table of learned positions before that of the first token
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class ModelConfig:
-    """A LLaMA decoder's shape. Letters as in the docstrings of `model.py`."""
+    """A decoder's shape. Letters as in the docstrings of `model.py`."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt  # D
@@ -44,6 +108,8 @@ class ModelConfig:
     mlp_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    family: str = "llama"
+    sliding_window: PositiveInt | None = None  # tokens; `max_positions` is no more, so that it never slides
 
     def __post_init__(self):
         if self.rope["rope_type"] not in ROPE_TYPES:
@@ -52,6 +118,23 @@ class ModelConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise SPDError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly.")
+
+    @property
+    def form(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        return self.attention_bias and self.form.out_bias
+
+    def validate_length(self, tokens: int) -> None:
+        """A mistake where an attention over so many tokens would be cut off by a sliding window."""
+        if self.sliding_window is not None and tokens > self.sliding_window:
+            raise SPDError(
+                f"{tokens} tokens exceed the model's sliding window of {self.sliding_window}, beyond which its "
+                "attention is another than is computed here; ask for no more."
+            )
 
     # ------------------------------------------------------------ shards: what each of tp holds, and has room for
 
@@ -126,34 +209,44 @@ class ModelConfig:
                 return self.rope["rope_theta"] ** -exponents, 1.0
             return ROPE_INIT_FUNCTIONS[self.rope["rope_type"]](self.to_hf(), torch.device("cpu"))
 
-    def to_hf(self) -> LlamaConfig:
+    def to_hf(self) -> PreTrainedConfig:
         """The same shape for transformers."""
-        named = {theirs: getattr(self, ours) for ours, theirs in _shared_fields().items()}
-        return LlamaConfig(**named, rope_parameters=dict(self.rope))  # a copy: transformers completes it
+        known = {f.name for f in fields(self.form.hf)}
+        named = {theirs: getattr(self, ours) for ours, theirs in _names(self.form).items() if theirs in known}
+        return self.form.hf(**named, **({} if self.form.learned_positions else {"rope_parameters": dict(self.rope)}))
 
     @classmethod
     def from_hf(cls, source: dict) -> "ModelConfig":
         """From the content of a `config.json`; both `rope_parameters` and the older keys are understood."""
         kind = source.get("model_type")
-        if kind != "llama":
-            raise SPDError(f"The model is of type '{kind}'; only LLaMA models (model_type 'llama') are supported.")
-        if source.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise SPDError(f"Activation '{source['hidden_act']}' is not LLaMA's; only 'silu' is supported.")
-        invalid = "The model's config.json is not a valid LLaMA configuration"
+        if kind not in FAMILIES:
+            raise SPDError(
+                f"The model is of type '{kind}'; only LLaMA models and their like are supported: {', '.join(FAMILIES)}."
+            )
+        form = FAMILIES[kind]
+        invalid = f"The model's config.json is not a valid {form.label} configuration"
         try:
-            hf = LlamaConfig(**{key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")})
+            hf = form.hf(**{key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")})
         except Exception as error:  # transformers validates with several exception types
             raise SPDError(f"{invalid}: {' '.join(str(error).split())}") from error
-        eos = hf.eos_token_id
+        _check_form(form, hf)
+        found = {ours: getattr(hf, theirs) for ours, theirs in _names(form).items() if hasattr(hf, theirs)}
+        found = {"num_kv_heads": hf.num_attention_heads, "head_dim": None} | found | form.fixed
+        found["head_dim"] = found["head_dim"] or hf.hidden_size // hf.num_attention_heads
+        eos, window = hf.eos_token_id, getattr(hf, "sliding_window", None)
+        if kind != "llama" and window is not None:
+            found |= {"sliding_window": window, "max_positions": min(window, hf.max_position_embeddings)}
+        if not form.learned_positions:
+            found["rope"] = dict(hf.rope_parameters)
         try:
             return cls(
-                **{ours: getattr(hf, theirs) for ours, theirs in _shared_fields().items()},
-                rope=dict(hf.rope_parameters),
+                **found,
                 eos_token_ids=tuple([] if eos is None else eos if isinstance(eos, list) else [eos]),
                 pad_token_id=hf.pad_token_id,
+                family=kind,
             )
         except ValidationError as error:
-            raise SPDError(f"{invalid}: {in_words(error, HF_NAMES)}.") from None
+            raise SPDError(f"{invalid}: {in_words(error, HF_NAMES | form.names)}.") from None
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -175,39 +268,59 @@ def _part(count: int, tp: int, shard: int) -> range:
     return range(start, start + each + (shard < more))
 
 
-def _shared_fields() -> dict[str, str]:
+def _names(form: Family) -> dict[str, str]:
     """Fields that transformers has as well, and its names for them."""
-    return {f.name: HF_NAMES.get(f.name, f.name) for f in fields(ModelConfig) if f.name not in OWN_FORM}
+    names = HF_NAMES | form.names
+    return {f.name: names.get(f.name, f.name) for f in fields(ModelConfig) if f.name not in OWN_FORM}
+
+
+def _check_form(form: Family, hf: PreTrainedConfig) -> None:
+    """A mistake where a model is another one than its family's."""
+    name, wanted = ("hidden_act", ("silu", "swish")) if form.gated else ("activation_function", ("relu",))
+    if getattr(hf, name) not in wanted:
+        raise SPDError(f"Activation '{getattr(hf, name)}' is not {form.label}'s; only '{wanted[0]}' is supported.")
+    if form.label != "OPT":
+        return
+    if hf.word_embed_proj_dim != hf.hidden_size or any(getattr(hf, name) != value for name, value in OPT_FORM.items()):
+        raise SPDError(
+            "This OPT normalises after its layers or projects its embeddings, as OPT-350M does; only OPT with norms "
+            "before attention and MLP, and at the end, and embeddings of the hidden size is supported."
+        )
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this configuration holds, block by block at the end."""
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linear = {
-        "self_attn.q_proj": (q, d, config.attention_bias),
-        "self_attn.k_proj": (kv, d, config.attention_bias),
-        "self_attn.v_proj": (kv, d, config.attention_bias),
-        "self_attn.o_proj": (d, q, config.attention_bias),
-        "mlp.gate_proj": (f, d, config.mlp_bias),
-        "mlp.up_proj": (f, d, config.mlp_bias),
-        "mlp.down_proj": (d, f, config.mlp_bias),
-    }
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, d), "model.norm.weight": (d,)}
+    d, f, form, parts = config.hidden_size, config.intermediate_size, config.form, config.form.parts
+    q, kv, one = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, (config.head_dim,)
+    bias, mlp_bias = config.attention_bias, config.mlp_bias
+    linear = {"q": (q, d, bias), "k": (kv, d, bias), "v": (kv, d, bias), "out": (d, q, config.out_bias)}
+    linear |= {"gate": (f, d, mlp_bias)} if form.gated else {}
+    linear |= {"up": (f, d, mlp_bias), "down": (d, f, mlp_bias)}
+    norm_kinds = ("weight", "bias") if form.layer_norm else ("weight",)
+    shapes = {f"{parts['embedding']}.weight": (config.vocab_size, d)}
+    if form.learned_positions:
+        shapes[f"{parts['positions']}.weight"] = (config.max_positions + POSITIONS_OFFSET, d)
+    shapes |= {f"{parts['norm']}.{kind}": (d,) for kind in norm_kinds}
     if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
+        shapes[f"{parts['head']}.weight"] = (config.vocab_size, d)
     for i in range(config.num_blocks):
-        prefix = f"model.layers.{i}."
-        shapes |= {prefix + "input_layernorm.weight": (d,), prefix + "post_attention_layernorm.weight": (d,)}
-        for name, (rows, columns, bias) in linear.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
+        prefix = f"{parts['blocks']}.{i}."
+        shapes |= {f"{prefix}{parts[name]}.{k}": (d,) for name in ("attention_norm", "mlp_norm") for k in norm_kinds}
+        shapes |= {f"{prefix}{parts[name]}.weight": one for name in ("q_norm", "k_norm") if form.head_norms}
+        for name, (rows, columns, biased) in linear.items():
+            shapes[f"{prefix}{parts[name]}.weight"] = (rows, columns)
+            if biased:
+                shapes[f"{prefix}{parts[name]}.bias"] = (rows,)
     return shapes
 
 
 def _llama(layers, hidden, heads, kv_heads, mlp, vocab=32000, positions=4096, **more) -> ModelConfig:
     return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, hidden // heads, positions, **more)
+
+
+def _opt(layers, hidden, heads) -> ModelConfig:
+    biases = {"attention_bias": True, "mlp_bias": True, "tie_embeddings": True, "family": "opt"}
+    return ModelConfig(50272, hidden, 4 * hidden, layers, heads, heads, hidden // heads, 2048, **biases)
 
 
 _LLAMA31_ROPE = {
@@ -227,11 +340,18 @@ SHAPES = {
     "llama3.1-8b": _llama(32, 4096, 32, 8, 14336, 128256, 131072, rope=_LLAMA31_ROPE),
     "llama3.1-70b": _llama(80, 8192, 64, 8, 28672, 128256, 131072, rope=_LLAMA31_ROPE),
     "llama3.2-1b": _llama(16, 2048, 32, 8, 8192, 128256, 131072, rope=_LLAMA32_ROPE, tie_embeddings=True),
+    "opt-1.3b": _opt(24, 2048, 32),
+    "opt-2.7b": _opt(32, 2560, 32),
+    "opt-6.7b": _opt(32, 4096, 32),
+    "opt-13b": _opt(40, 5120, 40),
+    "opt-30b": _opt(48, 7168, 56),
+    "opt-66b": _opt(64, 9216, 72),
     "llama-125m": _llama(12, 768, 12, 12, 2048),
     "llama-33m": _llama(8, 512, 8, 8, 1376, 8192),
     "llama-8m": _llama(6, 256, 8, 8, 688, 8192),
 }
 HUB_IDS = {f"meta-llama/Llama-2-{size}-hf": f"llama2-{size}" for size in ("7b", "13b", "70b")}  # of named shapes
+HUB_IDS |= {f"facebook/{name}": name for name in SHAPES if name.startswith("opt-")}
 
 
 def named_shape(name: str) -> ModelConfig:

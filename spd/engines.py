@@ -57,7 +57,8 @@ class Compiled:
         room = prompt.shape[1] + max(new_tokens, WARMUP)  # the warm-up decodes write too
         self.cache = model.new_cache(prompt.shape[0], room)
         self.steps = self.cache.static()
-        model.rotary.table(room, model.embedding.weight)  # whole before a capture, which goes on reading this one
+        if model.rotary is not None:  # whole before a capture, which goes on reading this one
+            model.rotary.table(room, model.embedding.weight)
         for block in model.blocks:
             for part in ("attend", "transform"):
                 setattr(block, part, torch.compile(getattr(type(block), part).__get__(block), backend=backend))

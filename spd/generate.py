@@ -75,6 +75,7 @@ def generate(
     device, config = model.embedding.weight.device, model.config
     tokens, valid = pad_left(prompts, device)
     capacity = tokens.shape[1] + max_new_tokens
+    config.validate_length(capacity)
     if capacity > config.max_positions:
         raise SPDError(
             f"{tokens.shape[1]} prompt and {max_new_tokens} new tokens are more than the model's "

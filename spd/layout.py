@@ -61,7 +61,7 @@ def permute_neurons(block: Block, order: Sequence[int] | Tensor, shards: Shards)
         SPDError: not an order of the F neurons.
     """
     mlp = block.mlp
-    parts = [p for t in (mlp.gate_up.weight, mlp.gate_up.bias) if t is not None for p in t.chunk(2, 1)]
+    parts = [p for t in (mlp.gate_up.weight, mlp.gate_up.bias) if t is not None for p in t.chunk(mlp.parts, 1)]
     _permute([*parts, mlp.down.weight.mT], order, mlp.down.weight.shape[2], "MLP neurons", shards)
 
 

@@ -99,19 +99,19 @@ class Pass:
     def block(self) -> list[Operator]:
         """A decoder block's operators in the order they run; each of the two residual additions is one."""
         c, n = self.config, self.rows
-        d, neurons = c.hidden_size, c.neurons_per_shard(self.tp)
+        d, neurons, inputs = c.hidden_size, c.neurons_per_shard(self.tp), 2 if c.form.gated else 1
         q, kv = c.heads_per_shard(self.tp) * c.head_dim, c.kv_heads_per_shard(self.tp) * c.head_dim
         add = self._pointwise("residual_add", 3 * n * d)
         return [
             self._pointwise("input_norm", 2 * n * d),
             self._matrix("qkv_proj", n, d, q + 2 * kv),
-            self._pointwise("rope", 2 * n * (q + kv)),
+            *([] if c.form.learned_positions else [self._pointwise("rope", 2 * n * (q + kv))]),
             self._attention(q, kv),
             self._matrix("o_proj", n, q, d),
             add,
             self._pointwise("post_attention_norm", 2 * n * d),
-            self._matrix("gate_up_proj", n, d, 2 * neurons),
-            self._pointwise("act", 3 * n * neurons),
+            self._matrix("gate_up_proj", n, d, inputs * neurons),
+            self._pointwise("act", (inputs + 1) * n * neurons),
             self._matrix("down_proj", n, neurons, d),
             add,
         ]

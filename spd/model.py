@@ -1,4 +1,4 @@
-"""The mathematics of a tensor-parallel LLaMA whose sync points follow a plan.
+"""The mathematics of a tensor-parallel LLaMA, or its like, whose sync points follow a plan.
 
 Shapes: B batch, T tokens, D hidden, S shards hosted (1 where all shards see the same input), h query heads and
 g key/value heads of one shard, d head size. Weights of all hosted shards are stacked along S.
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spd.comm import Shards, Stream
-from spd.config import ModelConfig
+from spd.config import POSITIONS_OFFSET, ModelConfig
 from spd.kernels import linear
 from spd.plan import Plan, Policy
 
@@ -27,14 +27,17 @@ def shard_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 class Norm(nn.Module):
-    """RMS norm of (S or 1, B, T, D)."""
+    """RMS norm over the last dimension, or a layer norm where there is a bias."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
@@ -135,7 +138,9 @@ class Attention(nn.Module):
         self.h, self.g = config.heads_per_shard(tp), config.kv_heads_per_shard(tp)
         wide = (self.h + 2 * self.g) * self.head_dim
         self.qkv = ShardLinear(k, config.hidden_size, wide, config.attention_bias)
-        self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.attention_bias)
+        self.out = RowLinear(k, self.h * self.head_dim, config.hidden_size, config.out_bias)
+        norms = config.form.head_norms
+        self.q_norm, self.k_norm = (Norm(config.head_dim, config.norm_eps) if norms else None for _ in "qk")
 
     def add_biases(self) -> None:
         """Biases of zero where there are none: the same function."""
@@ -147,8 +152,12 @@ class Attention(nn.Module):
     def project(self, x: Tensor, context: "Context") -> tuple[Tensor, Tensor, Tensor]:
         """Queries (S, B, h, T, d), keys and values (S, B, g, T, d), after the rotary embedding."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(2, 3)  # (S, B, h + 2g, T, d)
-        rotated, v = rotate(heads[:, :, : -self.g], *context.rotary), heads[:, :, -self.g :]
-        return *rotated.split((self.h, self.g), dim=2), v
+        qk, v = heads[:, :, : -self.g], heads[:, :, -self.g :]
+        if self.q_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, : self.h]), self.k_norm(qk[:, :, self.h :])), dim=2)
+        if context.rotary is not None:
+            qk = rotate(qk, *context.rotary)
+        return *qk.split((self.h, self.g), dim=2), v
 
     def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
@@ -170,7 +179,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, tp: int, k: int):
         super().__init__()
         neurons = config.neurons_per_shard(tp)
-        self.gate_up = ShardLinear(k, config.hidden_size, 2 * neurons, config.mlp_bias)
+        self.parts = 2 if config.form.gated else 1  # of the input projection: gate and up, or up alone
+        self.gate_up = ShardLinear(k, config.hidden_size, self.parts * neurons, config.mlp_bias)
         self.down = RowLinear(k, neurons, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +189,13 @@ class MLP(nn.Module):
 
     def activations(self, x: Tensor) -> Tensor:
         """Of the shards' neurons: (S or 1, B, T, D) gives (S, B, T, n)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.activate(self.gate_up(x))
+
+    def activate(self, projected: Tensor) -> Tensor:
+        """Neurons (..., n) of what the input projection gives them (..., n or 2n)."""
+        if self.parts == 1:
+            return F.relu(projected)
+        gate, up = projected.chunk(2, dim=-1)
         return F.silu(gate) * up
 
 
@@ -188,9 +204,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: int, k: int):
         super().__init__()
-        self.attention_norm = Norm(config.hidden_size, config.norm_eps)
+        self.attention_norm = Norm(config.hidden_size, config.norm_eps, config.form.layer_norm)
         self.attention = Attention(config, tp, k)
-        self.mlp_norm = Norm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = Norm(config.hidden_size, config.norm_eps, config.form.layer_norm)
         self.mlp = MLP(config, tp, k)
 
     def forward(
@@ -211,16 +227,17 @@ class Block(nn.Module):
 class Context:
     """Where in the sequence a forward pass stands: rotary tables, mask and cache, the same for every block."""
 
-    def __init__(self, rotary: Rotary, x: Tensor, cache: KVCache | None, valid: Tensor | None):
+    def __init__(self, rotary: Rotary | None, x: Tensor, cache: KVCache | None, valid: Tensor | None):
         """`x` (B, T, D) are the new tokens; `valid` (B, past + T) is False at padding."""
         past, tokens = cache.length if cache is not None else 0, x.shape[1]
         self.cache, self.mask = cache, None
         if isinstance(past, Tensor):  # one token, whose position is data
             positions = torch.arange(cache.blocks.shape[-2], device=x.device)
-            self.rotary = tuple(rotary.table(len(positions), x).index_select(1, past))
+            table = None if rotary is None else rotary.table(len(positions), x)
+            self.rotary = None if table is None else tuple(table.index_select(1, past))
             self.causal, self.mask = False, (positions <= past).expand(x.shape[0], 1, 1, -1)
             return
-        self.rotary = rotary(past, tokens, x)
+        self.rotary = None if rotary is None else rotary(past, tokens, x)
         self.causal = valid is None and past == 0 and tokens > 1
         if not self.causal and (valid is not None or tokens > 1):
             valid = torch.ones(1, past + tokens, dtype=torch.bool, device=x.device) if valid is None else valid
@@ -235,7 +252,7 @@ def attention_mask(past: int, tokens: int, valid: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """LLaMA over the shards hosted here; `plan` may be exchanged at any time."""
+    """A decoder over the shards hosted here; `plan` may be exchanged at any time."""
 
     def __init__(self, config: ModelConfig, shards: Shards, plan: Plan | None = None):
         """Parameters are left unfilled."""
@@ -243,18 +260,26 @@ class Transformer(nn.Module):
         config.validate_tp(shards.tp)
         self.config, self.shards = config, shards
         self.plan = Plan.full(config.num_blocks) if plan is None else plan
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding, learned = nn.Embedding(config.vocab_size, config.hidden_size), config.form.learned_positions
+        rows = config.max_positions + POSITIONS_OFFSET
+        self.positions = nn.Embedding(rows, config.hidden_size) if learned else None
         self.blocks = nn.ModuleList(Block(config, shards.tp, shards.k) for _ in range(config.num_blocks))
-        self.norm = Norm(config.hidden_size, config.norm_eps)
+        self.norm = Norm(config.hidden_size, config.norm_eps, config.form.layer_norm)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = Rotary(config)
+        self.rotary = None if learned else Rotary(config)
         self.sharded = frozenset(  # names of the parameters of which each shard has its own part; others are equal
             f"{path}.{kind}" for path, layer in self.named_modules() for kind in getattr(layer, "sharded", ())
         )
 
-    def embed(self, tokens: Tensor) -> Stream:
-        """Token ids (B, T) to a stream with nothing pending."""
-        return Stream(self.embedding(tokens))
+    def embed(self, tokens: Tensor, cache: KVCache | None = None, valid: Tensor | None = None) -> Stream:
+        """Token ids (B, T), after those in a cache, to a stream with nothing pending."""
+        x, past = self.embedding(tokens), 0 if cache is None else cache.length
+        if self.positions is None:
+            return Stream(x)
+        places = past + torch.arange(tokens.shape[1], device=tokens.device)
+        if valid is not None:  # counted from a row's first valid token; padding has a row of its own before that
+            places = (valid.cumsum(1) * valid - 1)[:, past:]
+        return Stream(x + self.positions(places + POSITIONS_OFFSET))
 
     def context(self, stream: Stream, cache: KVCache | None = None, valid: Tensor | None = None) -> Context:
         return Context(self.rotary, stream.x, cache, valid)
@@ -289,7 +314,7 @@ class Transformer(nn.Module):
 
         `cache` holds the tokens before these and is extended; `valid` (B, past + T) is False at padding.
         """
-        stream = self.embed(tokens)
+        stream = self.embed(tokens, cache, valid)
         context = self.context(stream, cache, valid)
         for i, policies in enumerate(self.plan.blocks):
             stream = self.run_block(i, stream, policies, context)

@@ -33,8 +33,12 @@ from spd.plan import Plan, read_plan
 from spd.records import write_json, write_whole
 from spd.tiny import MODEL_DIR
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "merges.txt"]
 COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")
+DESCRIBED = (  # what an export says anew in config.json
+    *("model_type", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim"),
+    *("attention_bias", "max_position_embeddings"),
+)
 MARK = "shape_only.json"  # of a folder with random weights: their `name`, `shape`, `blocks` and `of` how many
 
 
@@ -238,11 +242,15 @@ class SPDModel:
 
     def _copy_descriptions(self, target: Path, config: ModelConfig) -> None:
         """The tokenizer's files, and a `config.json` that says what is other than in the model's own."""
-        description = json.loads((self.folder / "config.json").read_text())
+        description, own = json.loads((self.folder / "config.json").read_text()), config.to_hf().to_dict()
+        if config.family != self.config.family:  # what the other family has in another form, or not at all
+            windows = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+            description = {name: value for name, value in description.items() if name not in windows}
+            architecture = config.form.hf.__name__.replace("Config", "ForCausalLM")
+            description |= {"architectures": [architecture], "rope_parameters": own["rope_parameters"]}
         description.pop("torch_dtype", None)
-        description |= {"num_key_value_heads": config.num_kv_heads, "attention_bias": config.attention_bias}
-        description |= {"num_attention_heads": config.num_heads, "intermediate_size": config.intermediate_size}
-        description |= {"head_dim": config.head_dim}
+        description |= {name: own[name] for name in DESCRIBED if name in own}
+        description |= {} if config.family == "opt" else {"head_dim": config.head_dim}
         description["dtype"] = str(self.transformer.embedding.weight.dtype).removeprefix("torch.")
         write_json(target / "config.json", description)
         for file in (file for pattern in COPIED for file in self.folder.glob(pattern)):

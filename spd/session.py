@@ -86,6 +86,7 @@ class Session:
             raise SPDError("No text was given: --text FILE, 'builtin' or 'builtin-train'.")
         positions = model.config.max_positions
         seq_len = o.seq_len or min(positions, LONGEST_DEFAULT)
+        model.config.validate_length(seq_len)
         skip = o.skip if skip is None else skip
         found = read_windows(text, model.tokenizer, seq_len, windows or o.windows, skip, positions)
         if found.note and self.runtime.is_main:

@@ -19,6 +19,11 @@ PUBLISHED = {
     "llama3.1-8b": 8_030_261_248,
     "llama3.1-70b": 70_553_706_496,
     "llama3.2-1b": 1_235_814_400,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
 }
 
 
@@ -70,7 +75,10 @@ def test_round_trip_through_transformers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "of type 'mistral'; only LLaMA"),
+        (
+            {"model_type": "gpt2"},
+            "of type 'gpt2'; only LLaMA models and their like are supported: llama, mistral, qwen2",
+        ),
         ({"model_type": None}, "of type 'None'; only LLaMA"),
         ({"hidden_act": "gelu"}, "Activation 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic' is not"),
