@@ -95,7 +95,7 @@ class Job:
     @property
     def block_flops(self) -> float:
         """Of one window's forward pass through a block, over all shards."""
-        return self.tp * sum(each.work.flops for each in Pass(self.config, self.tp, tokens=self.seq_len).block())
+        return self.tp * sum(each.work.flop for each in Pass(self.config, self.tp, tokens=self.seq_len).block())
 
     @property
     def head_flops(self) -> float:
