@@ -236,7 +236,8 @@ def _step(objective: Objective, rows: Tensor, optimizer: torch.optim.Optimizer, 
         loss = objective.loss(rows)
         loss.backward()
         shards.reduce_gradients(replicated, sharded)  # now those of the one loss of all processes
-        if not math.isfinite(loss.item()):
+        found = loss.item()
+        if not math.isfinite(found):
             raise Diverged
         if clip:
             ours, shared = (sum(p.grad.double().square().sum() for p in part) for part in (sharded, replicated))
@@ -248,4 +249,4 @@ def _step(objective: Objective, rows: Tensor, optimizer: torch.optim.Optimizer, 
         for parameter in (*sharded, *replicated):
             parameter.requires_grad_(False)
             parameter.grad = None
-    return loss.item()
+    return found
