@@ -67,7 +67,7 @@ def test_a_repaired_block_leaves_nothing_behind(ranks, alone, stage):
 
 
 def test_a_decode_step_launches_so_many_kernels(ranks):
-    """Of three blocks, eager, with every sync: what a launch-bound step costs. It waits for nothing and copies nothing."""
+    """Of three blocks, eager, with every sync: what a launch-bound step costs. It waits for nothing, copies nothing."""
     steps = ranks[0]["bench"]["noted"]["decode"]
     assert max(step["kernels"] for step in steps) == 67
     assert not any(step.get(what) for step in steps for what in ("host_reads", "to_gpu", "from_gpu"))
