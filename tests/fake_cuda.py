@@ -2,7 +2,7 @@
 
 What fails on a GPU fails here: operators on tensors of two devices, a collective of what NCCL does not take, whatever a
 graph's capture forbids, memory that is read at a replay and was freed before it, a group that ends before such a graph.
-Reads by the host give plain values (1.0; nothing is equal). One process runs at a time: rank 0 leaves the files that
+Reads by the host give plain values (1.0, and nothing is equal). One process runs at a time: rank 0 leaves the files that
 were there at each barrier, for another rank to find at the same one. Not seen: numbers, time, deadlocks, kernels' own
 workspaces, fragmentation, Inductor, NCCL itself.
 """
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 aten = torch.ops.aten
 UNTIMED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
 MEMORY = 80 * 2**30  # bytes of the GPU
-LARGE = 2**28  # bytes on the host from which on no memory is taken for what nobody writes to
+LARGE = 2**26  # bytes of what the host reads from which on no memory is taken for it
 
 
 def on_gpu(device) -> bool:
@@ -92,9 +92,17 @@ class Gpu(TorchDispatchMode):
             self.host("copy to the host", "from_gpu", size_of(source))
             if func is aten.copy_.default:
                 return args[0]
-            one, large = torch.zeros(1, dtype=kwargs.get("dtype") or source.dtype), size_of(source) > LARGE
-            return one.expand(source.shape) if large else one.repeat(source.shape)
+            return self._plain(source.shape, kwargs.get("dtype") or source.dtype)
         return None
+
+    @staticmethod
+    def _plain(shape, dtype):
+        """What the host finds in a tensor: integers count, other numbers are random, much is all one number."""
+        if dtype is torch.long:
+            return torch.arange(shape.numel()).view(shape)
+        if shape.numel() * dtype.itemsize > LARGE:
+            return torch.ones(1, dtype=dtype).expand(shape)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def _places(self, index):
         """A mask of the host becomes the positions it names, as their number is known."""
