@@ -2,9 +2,9 @@
 
 What fails on a GPU fails here: operators on tensors of two devices, a collective of what NCCL does not take, whatever a
 graph's capture forbids, memory that is read at a replay and was freed before it, a group that ends before such a graph.
-Reads by the host give plain values (1.0, and nothing is equal). One process runs at a time: rank 0 leaves the files that
-were there at each barrier, for another rank to find at the same one. Not seen: numbers, time, deadlocks, kernels' own
-workspaces, fragmentation, Inductor, NCCL itself.
+Reads by the host give plain values (1.0, and nothing is equal). One process runs at a time: rank 0 leaves the files
+that were there at each barrier, for another rank to find at the same one. Not seen: numbers, time, deadlocks, kernels'
+own workspaces, fragmentation, Inductor, NCCL itself.
 """
 
 import os
