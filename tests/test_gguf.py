@@ -9,6 +9,7 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 from test_cli import spd  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spd import SPDModel, pretrained
 from spd.errors import SPDError
@@ -33,6 +34,7 @@ def write_gguf(path: Path, model, architecture: str = "llama", without: str = ""
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    writer.add_key_length(model.model.layers[0].self_attn.head_dim)
     words = ["<unk>", "<s>", "</s>", *(chr(ord("!") + i) for i in range(config.vocab_size - 4)), "!#"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -41,13 +43,14 @@ def write_gguf(path: Path, model, architecture: str = "llama", without: str = ""
     writer.add_token_merges(["! #"])
     for number, name in enumerate(("unk", "bos", "eos")):
         getattr(writer, f"add_{name}_token_id")(number)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    kind = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}.get(architecture, gguf.MODEL_ARCH.LLAMA)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in tensors.items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         for part, count in heads.items():
-            if part in name:
+            if part in name and kind == gguf.MODEL_ARCH.LLAMA:
                 tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if theirs != without:
@@ -84,6 +87,20 @@ def test_weights_are_those_of_the_file(tmp_path, cache, tied):
     written = json.loads((model.folder / "config.json").read_text())
     assert "quantization_config" not in written and str(tmp_path) not in json.dumps(written)
     assert all(tensor.dtype == torch.float32 for tensor in load_file(model.folder / "model.safetensors").values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_other_families(tmp_path, cache, family):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=8, max_position_embeddings=64)
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | SHAPE))
+    for name, parameter in reference.named_parameters():
+        parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    path = write_gguf(tmp_path / "small.gguf", reference, "llama" if family == "mistral" else family)
+    model = SPDModel.from_pretrained(path, tp=3)
+    torch.testing.assert_close(model.transformer(TOKENS), reference(TOKENS).logits, rtol=0, atol=1e-4)
+    assert model.config.family == ("llama" if family == "mistral" else family)  # llama.cpp knows no Mistral
 
 
 def test_it_is_made_once_and_its_place_is_said(file, cache, monkeypatch, capsys):
