@@ -38,7 +38,7 @@ class ResidualAfter(_Altered):
 
     def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
         block, own = self._model.blocks[i], stream.pending
-        y = block.attention(block.attention_norm(stream.read()), context, i)
+        y = block.attention(block.attention_norm(stream.read()), context)
         attended = stream.produce(y, block.attention.out.bias)
         if policies[0] is not DROP:
             attended = Stream(self._summed(attended.x, y, "attention"), own)
@@ -74,7 +74,7 @@ def centre_model(model: Transformer, tokens: Tensor) -> None:
         stream = model.embed(batch.to(model.embedding.weight.device))
         context = model.context(stream)
         for i, block in enumerate(model.blocks):
-            totals[i] += block.attention.mix(block.attention_norm(stream.read()), context, i).sum((1, 2))
+            totals[i] += block.attention.mix(block.attention_norm(stream.read()), context).sum((1, 2))
             stream = model.run_block(i, stream, model.plan.blocks[i], context)
     for block, total in zip(model.blocks, totals, strict=True):
         centre_heads(block.attention, total / tokens.numel(), model.shards)

@@ -62,7 +62,7 @@ class DroppedBlock:
 
     def _mix(self, x: Tensor) -> Tensor:
         context = self.model.context(Stream(x))
-        return self.block.attention.mix(self.block.attention_norm(x[None]), context, self.index)
+        return self.block.attention.mix(self.block.attention_norm(x[None]), context)
 
     def remember_heads(self) -> "DroppedBlock":
         """The same with what the heads gather computed once; valid while neither they nor their input change."""

@@ -240,7 +240,7 @@ def matching_norms(block: Block, inputs: Iterable[tuple[Stream, Context]], shard
     # Where the block is: NCCL gathers nothing that lies in the host's memory.
     squares = torch.zeros(shards.k, tp, dtype=torch.float64, device=block.mlp.down.weight.device)
     for stream, context in inputs:
-        y = block.attention(block.attention_norm(stream.read()), context, 0)
+        y = block.attention(block.attention_norm(stream.read()), context)
         groups = shards.gather(block.mlp_norm(stream.produce(y, block.attention.out.bias).read()))
         for shift in range(tp):
             z = block.mlp(groups.roll(shift, 0)[here.start : here.stop])

@@ -4,6 +4,8 @@ Shapes: B batch, T tokens, D hidden, S shards hosted (1 where all shards see the
 g key/value heads of one shard, d head size. Weights of all hosted shards are stacked along S.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,34 +71,54 @@ class RowLinear(nn.Module):
         return shard_linear(x, self.weight)
 
 
+class Held(NamedTuple):
+    """One block's keys and values, (S, B, g, capacity, d) each, and the number of tokens held before this pass."""
+
+    keys: Tensor
+    values: Tensor
+    length: int | Tensor
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens' keys and values after those held, in place; returns all of them."""
+        keys, values, length = self
+        if isinstance(length, Tensor):
+            keys[:, :, :, length], values[:, :, :, length] = k, v
+            return keys, values
+        end = length + k.shape[-2]
+        keys[..., length:end, :] = k
+        values[..., length:end, :] = v
+        return keys[..., :end, :], values[..., :end, :]
+
+
 class KVCache:
     """Keys and values of every block, (S, B, g, capacity, d) each, and the number of tokens they hold.
 
     `length` is a number or, for decoding one token at a time by code that is compiled or captured once, a tensor (1,)
-    on the device: then all of the capacity is read, and no shape depends on how many tokens are held.
+    on the device: then all of the capacity is read, and no shape depends on how many tokens are held. A tensor a block
+    lets compiled code write in place: in a view of all blocks' it would copy them all.
     """
 
-    def __init__(self, blocks: Tensor, length: int | Tensor = 0):
-        self.blocks, self.length = blocks, length  # (L, 2, S, B, g, capacity, d)
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int | Tensor = 0):
+        self.keys, self.values, self.length = keys, values, length
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[-2]
 
     def static(self) -> "KVCache":
         """The same keys and values, by a length on the device."""
-        return KVCache(self.blocks, torch.zeros(1, dtype=torch.long, device=self.blocks.device))
+        return KVCache(self.keys, self.values, torch.zeros(1, dtype=torch.long, device=self.keys[0].device))
 
-    def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new tokens' keys and values after the `length` held; returns all of them."""
-        keys, values = self.blocks[block]
-        if isinstance(self.length, Tensor):
-            return keys.index_copy_(-2, self.length, k), values.index_copy_(-2, self.length, v)
-        end = self.length + k.shape[-2]
-        keys[..., self.length : end, :] = k
-        values[..., self.length : end, :] = v
-        return keys[..., :end, :], values[..., :end, :]
+    def of(self, block: int) -> Held:
+        return Held(self.keys[block], self.values[block], self.length)
 
     def repeat(self, rows: Tensor, more: int) -> "KVCache":
         """A copy that holds these rows (R,) of the batch, with room for `more` tokens."""
-        held = self.blocks[..., : self.length, :].index_select(3, rows)
-        return KVCache(F.pad(held, (0, 0, 0, more)), self.length)
+
+        def copied(held: Tensor) -> Tensor:
+            return F.pad(held[..., : self.length, :].index_select(1, rows), (0, 0, 0, more))
+
+        return KVCache(*([copied(held) for held in both] for both in (self.keys, self.values)), self.length)
 
     def advance(self, tokens: int) -> None:
         """After a pass over `tokens` new tokens."""
@@ -159,15 +181,15 @@ class Attention(nn.Module):
             qk = rotate(qk, *context.rotary)
         return *qk.split((self.h, self.g), dim=2), v
 
-    def forward(self, x: Tensor, context: "Context", block: int) -> Tensor:
+    def forward(self, x: Tensor, context: "Context", held: Held | None = None) -> Tensor:
         """Each shard's partial output: (S or 1, B, T, D) gives (S, B, T, D)."""
-        return self.out(self.mix(x, context, block))
+        return self.out(self.mix(x, context, held))
 
-    def mix(self, x: Tensor, context: "Context", block: int) -> Tensor:
+    def mix(self, x: Tensor, context: "Context", held: Held | None = None) -> Tensor:
         """What the heads gather from the values, before the output projection: (S, B, T, h d)."""
         q, k, v = self.project(x, context)
-        if context.cache is not None:
-            k, v = context.cache.extend(block, k, v)
+        if held is not None:
+            k, v = held.extend(k, v)
         mask = None if context.mask is None else context.mask.repeat(q.shape[0], 1, 1, 1)
         y = F.scaled_dot_product_attention(
             *(t.flatten(0, 1) for t in (q, k, v)), mask, is_causal=context.causal, enable_gqa=self.h != self.g
@@ -212,13 +234,13 @@ class Block(nn.Module):
     def forward(
         self, stream: Stream, policies: tuple[Policy, Policy], shards: Shards, context: "Context", block: int
     ) -> Stream:
-        y = self.attend(stream, context, block)
+        y = self.attend(stream, context, None if context.cache is None else context.cache.of(block))
         stream = shards.sync(stream.produce(y, self.attention.out.bias), policies[0], "attention")
         z = self.transform(stream)
         return shards.sync(stream.produce(z, self.mlp.down.bias), policies[1], "mlp")
 
-    def attend(self, stream: Stream, context: "Context", block: int) -> Tensor:
-        return self.attention(self.attention_norm(stream.read()), context, block)
+    def attend(self, stream: Stream, context: "Context", held: Held | None) -> Tensor:
+        return self.attention(self.attention_norm(stream.read()), context, held)
 
     def transform(self, stream: Stream) -> Tensor:
         return self.mlp(self.mlp_norm(stream.read()))
@@ -232,7 +254,7 @@ class Context:
         past, tokens = cache.length if cache is not None else 0, x.shape[1]
         self.cache, self.mask = cache, None
         if isinstance(past, Tensor):  # one token, whose position is data
-            positions = torch.arange(cache.blocks.shape[-2], device=x.device)
+            positions = torch.arange(cache.capacity, device=x.device)
             table = None if rotary is None else rotary.table(len(positions), x)
             self.rotary = None if table is None else tuple(table.index_select(1, past))
             self.causal, self.mask = False, (positions <= past).expand(x.shape[0], 1, 1, -1)
@@ -324,5 +346,5 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         config, weight, shards = self.config, self.embedding.weight, self.shards
-        heads = config.kv_heads_per_shard(shards.tp)
-        return KVCache(weight.new_zeros(config.num_blocks, 2, shards.k, batch, heads, capacity, config.head_dim))
+        shape = shards.k, batch, config.kv_heads_per_shard(shards.tp), capacity, config.head_dim
+        return KVCache(*([weight.new_zeros(shape) for _ in range(config.num_blocks)] for _ in range(2)))

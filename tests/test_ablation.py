@@ -78,7 +78,7 @@ def test_residual_after_keeps_each_shards_attention_for_itself(folder):
     stream = model.embed(TOKENS)
     context, block = model.context(stream), model.blocks[0]
     found = ResidualAfter(model).run_block(0, stream, model.plan.blocks[0], context)
-    y = block.attention(block.attention_norm(stream.x[None]), context, 0)
+    y = block.attention(block.attention_norm(stream.x[None]), context)
     z = block.mlp(block.mlp_norm(stream.x + y))
     torch.testing.assert_close(found.read(), stream.x + y + z.sum(0))
     last = ResidualAfter(model).logits(found)

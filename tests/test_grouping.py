@@ -142,7 +142,7 @@ def test_matching_norms_are_what_each_mlp_gives_for_each_group():
     block, inputs = model.blocks[0], _inputs(_model(4))
     expected = torch.zeros(tp, tp)
     for stream, context in inputs:
-        y = block.attention(block.attention_norm(stream.read()), context, 0)
+        y = block.attention(block.attention_norm(stream.read()), context)
         for group in range(tp):
             seen = block.mlp_norm(stream.x + block.attention.out.bias + y[group])
             z = block.mlp(seen[None])  # every partition, of the one input

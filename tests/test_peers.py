@@ -9,6 +9,7 @@ import draw_peers
 import pytest
 import torch
 from bench_peers import PeerSettings, compare, compare_all, degrees_of, write_random
+from torch._dynamo.backends.common import aot_autograd
 
 from spd import Plan, SPDModel
 from spd.bench import BenchSettings, Case, Sample, Timed, row_of, run, saved
@@ -76,6 +77,36 @@ def test_compiled_passes_choose_the_tokens_of_eager_ones(letters):
     compiled = Compiled(model, prompt, 6, backend="aot_eager")
     assert _tokens(compiled, 6) == expected
     assert _tokens(compiled, 6) == expected  # a second prompt meets nothing of the first
+
+
+def test_compiled_decoding_writes_keys_and_values_in_place():
+    """Each cache's only new version is itself with one token put in: what Inductor writes in place, without a copy.
+
+    Views of one tensor of all blocks were scattered back into it, which copied all of it in every block.
+    """
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = SPDModel.random(TINY, "tiny", Shards(2)).transformer
+    prompt = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(0))
+    as_inductor = {"inference_compiler": keep, "keep_inference_input_mutations": True}
+    engine = Compiled(model, prompt, 6, backend=aot_autograd(fw_compiler=keep, **as_inductor))
+    graphs.clear()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        engine.decode()
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    assert not [node for node in nodes if "scatter" in str(node.target)]
+    put = [node for node in nodes if node.target is torch.ops.aten.index_put.default]
+    assert len(put) == 2  # keys and values: one graph serves all blocks
+    for node in put:
+        assert node.args[0].op == "placeholder"
+        back = [user.args for user in node.users if user.target is torch.ops.aten.copy_.default]
+        assert back == [(node.args[0], node)]
 
 
 @pytest.mark.parametrize("new_tokens", [0, 1, 2])
