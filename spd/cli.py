@@ -153,7 +153,7 @@ def plan(session: Session) -> None:
 def sweep(session: Session) -> None:
     """Perplexity against the percentage of blocks dropped, the least sensitive first, for ways to repair them.
 
-    The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
+    Repairs are in float32 whatever --dtype evaluates. The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
     With --tasks also accuracy, compared with the model that drops nothing on the same questions.
     """
     from spd.distill import identity_of
@@ -167,7 +167,8 @@ def sweep(session: Session) -> None:
     data, described, learnt = session.windows(model), model.describe(), None
     if names != [ZERO_SHOT]:
         learnt = session.calibration(model, o.calibration_text).tokens
-    repairer = Repairer(session.load, identity_of(model), learnt, o.repairs, is_main, session.progress)
+    load = partial(session.load, "float32")
+    repairer = Repairer(load, identity_of(model), learnt, o.repairs, is_main, session.progress)
     paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
     recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
     if accuracy is not None:
@@ -181,7 +182,7 @@ def sweep(session: Session) -> None:
 
     kept = o.repairs / f"points-{session.question_without('percentages', 'strategies')}.json"
     with session.progress(len(names) * len(plans_by_percentage(measured, o.percentages)), "points") as progress:
-        sweep = Sweep(measured, repairer, recipes, o.tau1, o.tau2)
+        sweep = Sweep(measured, repairer, recipes, o.tau1, o.tau2, session.load)
         found = sweep.curve(names, o.percentages, evaluate, progress, kept)
     result = {"curve": found, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
     session.publish(result, described, data.describe())

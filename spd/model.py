@@ -101,10 +101,6 @@ class KVCache:
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: int | Tensor = 0):
         self.keys, self.values, self.length = keys, values, length
 
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[-2]
-
     def static(self) -> "KVCache":
         """The same keys and values, by a length on the device."""
         return KVCache(self.keys, self.values, torch.zeros(1, dtype=torch.long, device=self.keys[0].device))
@@ -254,7 +250,7 @@ class Context:
         past, tokens = cache.length if cache is not None else 0, x.shape[1]
         self.cache, self.mask = cache, None
         if isinstance(past, Tensor):  # one token, whose position is data
-            positions = torch.arange(cache.capacity, device=x.device)
+            positions = torch.arange(cache.keys[0].shape[-2], device=x.device)
             table = None if rotary is None else rotary.table(len(positions), x)
             self.rotary = None if table is None else tuple(table.index_select(1, past))
             self.causal, self.mask = False, (positions <= past).expand(x.shape[0], 1, 1, -1)

@@ -65,13 +65,13 @@ class Session:
 
     # ------------------------------------------------------------ model and data
 
-    def load(self):
-        """The `SPDModel` of the options, as read."""
+    def load(self, dtype: str | None = None):
+        """The `SPDModel` of the options, as read, perhaps of another type."""
         from spd.launch import say
         from spd.pretrained import SPDModel
 
         o, shards = self.options, self.runtime.shards(self.options.tp, replicas=self.replicas)
-        model = SPDModel.from_pretrained(o.model, shards=shards, dtype=o.dtype, device=self.runtime.device)
+        model = SPDModel.from_pretrained(o.model, shards=shards, dtype=dtype or o.dtype, device=self.runtime.device)
         if self.runtime.is_main and (note := model.config.padding_note(o.tp)):
             say(f"note: {note}")
         return model

@@ -42,7 +42,7 @@ def sweep_recipes(paper: dict, best: dict, seed: int = 0) -> dict[str, Recipe]:
 class Repairer:
     """Repairs a model for plans, each in a folder of its own, where what was stopped goes on."""
 
-    load: Callable[[], SPDModel]  # gives the model as read
+    load: Callable[[], SPDModel]  # gives the model as read, in float32
     identity: dict  # that model's (`identity_of`)
     calibration: Tensor | None  # windows (W, T)
     folder: Path
@@ -75,6 +75,7 @@ class Sweep:
     recipes: dict[str, Recipe]
     tau1: float = TAU1
     tau2: float = TAU2
+    load: Callable[[], SPDModel] | None = None  # gives the model to evaluate; left out: the one that is repaired
 
     def repairs(self, recipe: str, blocks: int) -> Iterator[tuple[dict, str, str]]:
         """What repairs a plan of so many blocks: plan document, recipe and name of each.
@@ -120,7 +121,7 @@ class Sweep:
             if same not in scores:
                 if model is None or not loaded <= files:
                     model = None  # first, lest there be two in memory
-                    model, loaded = self.repairer.load(), frozenset()
+                    model, loaded = (self.load or self.repairer.load)(), frozenset()
                 for file in files - loaded:
                     load_changed(model.transformer, file)
                 model.plan, loaded = plan, files

@@ -176,6 +176,23 @@ def test_one_repair_serves_every_percentage(folder, tmp_path):
         assert point["perplexity"] == pytest.approx(perplexity(model.transformer, TOKENS)["perplexity"], rel=1e-6)
 
 
+def test_a_sweep_evaluates_in_another_type_than_it_repairs_in(folder, tmp_path):
+    """bfloat16 on GPUs, a sixteenth of float32's time there; repairs stay in float32, which they demand."""
+    recipes, met = sweep_recipes({"epochs": 1, "learning_rate": 1e-3}, {}), []
+
+    def evaluate(model: SPDModel) -> dict:
+        met.append(model.transformer.embedding.weight.dtype)
+        return scores(model)
+
+    def load() -> SPDModel:
+        return SPDModel.from_pretrained(folder, tp=4, dtype="bfloat16")
+
+    sweep = Sweep([1.0, 0.0, 2.0], repairer(folder, tmp_path / "repairs"), recipes, 0.5, 1.5, load)
+    (point,) = sweep.curve(["b2b"], [100.0], evaluate)
+    assert met == [torch.bfloat16]
+    assert point["plan"] == "DF DF DF"
+
+
 # ---------------------------------------------------------------- going on after an interruption
 
 
