@@ -153,8 +153,9 @@ def plan(session: Session) -> None:
 def sweep(session: Session) -> None:
     """Perplexity against the percentage of blocks dropped, the least sensitive first, for ways to repair them.
 
-    Repairs are in float32 whatever --dtype evaluates. The default repairs nothing (zero-shot). The others draw the upper panels of the paper's figure 7, and go past it.
-    With --tasks also accuracy, compared with the model that drops nothing on the same questions.
+    The default repairs nothing (zero-shot); the others draw the upper panels of the paper's figure 7, and go past it.
+    Repairs are in float32, whatever --dtype evaluates. With --tasks also accuracy, compared with the model that drops
+    nothing on the same questions.
     """
     from spd.distill import identity_of
     from spd.evaluate import perplexity
