@@ -154,8 +154,7 @@ def sweep(session: Session) -> None:
     """Perplexity against the percentage of blocks dropped, the least sensitive first, for ways to repair them.
 
     The default repairs nothing (zero-shot); the others draw the upper panels of the paper's figure 7, and go past it.
-    Repairs are in float32, whatever --dtype evaluates. With --tasks also accuracy, compared with the model that drops
-    nothing on the same questions.
+    Repairs are in float32, whatever --dtype evaluates. --tasks adds accuracy, compared with that of nothing dropped.
     """
     from spd.distill import identity_of
     from spd.evaluate import perplexity
