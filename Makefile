@@ -12,7 +12,7 @@ endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONPATH := .:experiments:paper_figures:$(PYTHONPATH)
 export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
-.PHONY: help env test lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
+.PHONY: help env test check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
 #:   PYTHON=...       use this interpreter and make no environment
 #:   ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
 #:   TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
@@ -31,6 +31,11 @@ env: $(READY)  ## Create the environment (.conda or .venv); other targets do it 
 	@echo "Ready: $(PYTHON)"
 test: $(READY)  ## Run the test suite
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest $(ARGS)
+	@echo "Left out: make check-vllm, what vLLM itself makes of exported folders (355 MB to download once)." >&2
+.vllm/.ready: tests/vllm_requirements.txt | $(READY)
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .vllm -r $< && touch $@
+check-vllm: .vllm/.ready  ## Serve exported folders by vLLM itself, on CPUs, beside the engine; MODEL=DIR: that one too
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.vllm $(PYTHON) -m pytest -rP tests/vllm_check.py $(ARGS)
 lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
