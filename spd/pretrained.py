@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from spd import __version__
 from spd.checkpoint import (
     SINGLE,
     Checkpoint,
@@ -29,9 +30,11 @@ from spd.errors import SPDError
 from spd.generate import Sampling, generate
 from spd.launch import cache_folder, say
 from spd.model import Transformer
-from spd.plan import Plan, read_plan
+from spd.plan import POINTS, Plan, read_plan
 from spd.records import write_json, write_whole
+from spd.repairs import RESULT
 from spd.tiny import MODEL_DIR
+from spd.vllm import unservable
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "merges.txt"]
 COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")
@@ -39,6 +42,32 @@ DESCRIBED = (  # what an export says anew in config.json
     *("model_type", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim"),
     *("attention_bias", "max_position_embeddings"),
 )
+CARD = """\
+**Loaded without its plan, as a dense model, this folder is {dense}.**
+
+# {name} for tensor parallelism of {tp}, with {syncs} all-reduces a pass instead of {all}
+
+In {dropped} of {blocks} blocks the all-reduce after attention is left out (Sync-Point Drop, ICML 2025){repaired}.
+The plan, two letters a block for attention and MLP (F: kept, D: dropped):
+
+    {plan}
+
+vLLM serves it on {tp} ranks with the plug-in of `spd`, installed from a checkout in vLLM's own environment:
+
+```bash
+pip install --no-deps CHECKOUT_OF_SPD
+vllm serve {folder} --tensor-parallel-size {tp}
+```
+{measured}
+Written by `spd export`, version {version}, from {name} ({fingerprint}).
+"""
+MEASURED = """
+| | perplexity, {windows} windows held out of the calibration |
+| --- | --- |
+| {name} | {full} |
+| with the plan, not repaired | {before} |
+| with the plan, repaired: this folder | {after} |
+"""
 MARK = "shape_only.json"  # of a folder with random weights: their `name`, `shape`, `blocks` and `of` how many
 
 
@@ -137,6 +166,7 @@ class SPDModel:
     name: str
     fingerprint: str
     folder: Path | None = None
+    repair: dict | None = None  # the result of the repair whose weights were loaded
 
     @classmethod
     def from_pretrained(
@@ -202,7 +232,8 @@ class SPDModel:
         found = read_plan(path, self.fingerprint, self.tp, self.config.num_blocks)
         for name in found.changed:
             load_changed(self.transformer, (path if path.is_dir() else path.parent) / name)
-        self.plan = found.plan
+        self.plan, result = found.plan, path / RESULT
+        self.repair = json.loads(result.read_text()) if result.is_file() else None
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None
@@ -213,13 +244,20 @@ class SPDModel:
         return generate(self.transformer, ids, max_new_tokens, sampling or Sampling())
 
     def save_pretrained(self, folder: Path, is_main: bool = True) -> dict:
-        """Writes model, tokenizer and plan to a new folder, block by block; gives `files`, `plan`, `exported`.
+        """Writes model, tokenizer, plan and model card to a new folder; gives `files`, `plan`, `exported`.
 
         The folder is a plain dense LLaMA: each shard's rows and columns at their places, which is what tensor
         parallelism splits again in the same way. Read with the plan and tp it was made for, it computes what base and
         repair computed. Run densely it is another function than the original, and a worse one: repaired projections
-        were fitted to the partial inputs that shards see without the sync.
+        were fitted to the partial inputs that shards see without the sync. Where the plan drops something config.json
+        tells vLLM (`vllm.py`), and README.md people.
+
+        Raises SPDError where the folder is not empty, or where vLLM could not serve what the plan drops.
         """
+        drops = any(self.plan.dropped(point) for point in POINTS)
+        served = {"tp": self.tp, "plan": str(self.plan)} if drops else {}
+        if drops and (reason := unservable(served)):
+            raise SPDError(reason)
         if is_main and folder.exists() and any(folder.iterdir()):
             raise SPDError(f"{folder} is not empty; a model is exported to a new folder.")
         config = exported_config(self.transformer)
@@ -227,7 +265,9 @@ class SPDModel:
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            self._copy_descriptions(partial, config)
+            self._copy_descriptions(partial, config, served)
+            if drops:
+                (partial / "README.md").write_text(self._card(folder.name))
         write_weights(partial, config, dense_tensors(self.transformer, config), is_main)
         if not is_main:
             return {}
@@ -240,7 +280,7 @@ class SPDModel:
         files = sorted(str(path) for path in folder.iterdir())
         return {"files": files, "plan": plan["plan"], "exported": described}
 
-    def _copy_descriptions(self, target: Path, config: ModelConfig) -> None:
+    def _copy_descriptions(self, target: Path, config: ModelConfig, served: dict) -> None:
         """The tokenizer's files, and a `config.json` that says what is other than in the model's own."""
         description, own = json.loads((self.folder / "config.json").read_text()), config.to_hf().to_dict()
         if config.family != self.config.family:  # what the other family has in another form, or not at all
@@ -248,13 +288,29 @@ class SPDModel:
             description = {name: value for name, value in description.items() if name not in windows}
             architecture = config.form.hf.__name__.replace("Config", "ForCausalLM")
             description |= {"architectures": [architecture], "rope_parameters": own["rope_parameters"]}
-        description.pop("torch_dtype", None)
+        description = {name: value for name, value in description.items() if name not in ("torch_dtype", "spd")}
+        family = (description.get("architectures") or ["LlamaForCausalLM"])[0].removeprefix("SPD")
+        description |= {"architectures": [f"SPD{family}"], "spd": served} if served else {"architectures": [family]}
         description |= {name: own[name] for name in DESCRIBED if name in own}
         description |= {} if config.family == "opt" else {"head_dim": config.head_dim}
         description["dtype"] = str(self.transformer.embedding.weight.dtype).removeprefix("torch.")
         write_json(target / "config.json", description)
         for file in (file for pattern in COPIED for file in self.folder.glob(pattern)):
             shutil.copy(file, target / file.name)
+
+    def _card(self, folder: str) -> str:
+        """The model card, whose first line warns of a dense load."""
+        said = {"name": self.name, "tp": self.tp, "plan": self.plan, "blocks": len(self.plan), "folder": folder}
+        said |= {"syncs": self.plan.syncs(), "all": 2 * len(self.plan), "dropped": len(self.plan.dropped())}
+        said |= {"version": __version__, "fingerprint": self.fingerprint, "repaired": "", "measured": ""}
+        said["dense"] = "another function than under it"
+        if self.repair:
+            figures = {key: self.repair[f"perplexity_{key}"] for key in ("full", "before", "after")}
+            figures = {key: "not finite" if value is None else f"{value:.3f}" for key, value in figures.items()}
+            said["measured"] = MEASURED.format(name=self.name, windows=self.repair["windows"]["held_out"], **figures)
+            said["repaired"] = f", and the blocks are repaired for that (recipe `{self.repair['recipe']}`)"
+            said["dense"] = f"worse than {self.name}"
+        return CARD.format(**said)
 
     def describe(self) -> dict:
         return describe(self.config, self.name, self.fingerprint, self.folder)

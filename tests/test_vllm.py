@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import spd.vllm
 from spd import Plan, SPDModel
 from spd.comm import Stream
+from spd.errors import SPDError
 from spd.vllm import dropped_block, unservable
 
 ROOT = Path(__file__).parent.parent
@@ -95,3 +97,59 @@ def test_classes_are_those_of_known_families_alone():
 def test_what_cannot_be_served_is_said_in_a_sentence(made_for, tp, sentence):
     reason = unservable(made_for, tp)
     assert reason is None if sentence is None else (sentence in reason and reason.endswith("."))
+
+
+# ---------------------------------------------------------------- what an export tells engines and people
+
+
+def export(model: SPDModel, folder: Path) -> dict:
+    """The folder's config.json."""
+    model.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_export_tells_vllm_the_plan_and_transformers_loads_it_densely(plain, tmp_path):
+    model = SPDModel.from_pretrained(plain, tp=4, plan=Plan.from_letters("DF FF DF"))
+    config = export(model, tmp_path / "served")
+    assert config["architectures"] == ["SPDLlamaForCausalLM"]
+    assert config["spd"] == {"tp": 4, "plan": "DF FF DF"}
+    assert {"tokenizer.json", "generation_config.json", "plan.json"} < {f.name for f in (tmp_path / "served").iterdir()}
+
+    tokens = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
+    with torch.no_grad():
+        model.plan = Plan.full(3)
+        torch.testing.assert_close(dense(tokens).logits, model.transformer(tokens), rtol=0, atol=1e-4)
+
+    again = export(SPDModel.from_pretrained(tmp_path / "served", tp=2), tmp_path / "plain")
+    assert again["architectures"] == ["LlamaForCausalLM"] and "spd" not in again
+    assert not (tmp_path / "plain" / "README.md").exists()
+
+
+def test_card_of_an_export_warns_of_a_dense_load_and_says_how_to_serve(plain, tmp_path):
+    model = SPDModel.from_pretrained(plain, tp=4, plan=Plan.from_letters("DF FF DF"))
+    export(model, tmp_path / "served")
+    first, *rest = (tmp_path / "served" / "README.md").read_text().splitlines()
+    assert first == "**Loaded without its plan, as a dense model, this folder is another function than under it.**"
+    assert "# model for tensor parallelism of 4, with 4 all-reduces a pass instead of 6" in rest
+    assert "vllm serve served --tensor-parallel-size 4" in rest and "    DF FF DF" in rest
+
+    model.repair = {"recipe": "best", "perplexity_full": 9.25, "perplexity_before": None, "perplexity_after": 10.5}
+    model.repair["windows"] = {"held_out": 12}
+    export(model, tmp_path / "repaired")
+    first, *rest = (tmp_path / "repaired" / "README.md").read_text().splitlines()
+    assert first == "**Loaded without its plan, as a dense model, this folder is worse than model.**"
+    assert [line for line in rest if line.startswith("| ")] == [
+        "| | perplexity, 12 windows held out of the calibration |",
+        "| --- | --- |",
+        "| model | 9.250 |",
+        "| with the plan, not repaired | not finite |",
+        "| with the plan, repaired: this folder | 10.500 |",
+    ]
+
+
+def test_plan_that_a_folder_cannot_carry_is_refused_before_anything_is_written(plain, tmp_path):
+    model = SPDModel.from_pretrained(plain, tp=4, plan=Plan.from_letters("DF FD DF"))
+    with pytest.raises(SPDError, match="plan with FD in it: only attention's sync points can be dropped"):
+        model.save_pretrained(tmp_path / "served")
+    assert list(tmp_path.iterdir()) == []
