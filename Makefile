@@ -35,7 +35,7 @@ test: $(READY)  ## Run the test suite
 .vllm/.ready: tests/vllm_requirements.txt | $(READY)
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .vllm -r $< && touch $@
 check-vllm: .vllm/.ready  ## Serve exported folders by vLLM itself, on CPUs, beside the engine; MODEL=DIR: that one too
-	HF_HUB_OFFLINE=1 PYTHONPATH=$(CURDIR)/.vllm $(PYTHON) -m pytest -rP tests/vllm_check.py $(ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/.vllm" $(PYTHON) -m pytest -rP tests/vllm_check.py $(ARGS)
 lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
@@ -109,7 +109,7 @@ mlflow-ui: $(READY)  ## Compare runs in the browser, the committed ones among th
 	$(PYTHON) -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" $(ARGS)
 clean:  ## Remove caches and build products; environments, records and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find . \( -name .git -o -name .venv -o -name .conda \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -name .git -o -name .venv -o -name .conda -o -name .vllm \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 clean-env:  ## Remove the environment
-	rm -rf .venv .conda
+	rm -rf .venv .conda .vllm
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself

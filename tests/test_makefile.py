@@ -218,3 +218,20 @@ def test_clean_keeps_the_environment_and_the_records(checkout):
     assert "spd/__pycache__/a.pyc" not in left
     assert not (checkout.folder / "build").exists()
     assert len(checkout.stamps()) == 1
+
+
+def test_vllm_is_installed_by_its_own_target_alone_and_beside_the_environment(checkout):
+    checkout.install("conda", "python3")
+    pins = checkout.folder / "tests" / "vllm_requirements.txt"
+    pins.parent.mkdir()
+    pins.write_text("vllm==0.33.0\n")
+    done = checkout.make("test")
+    assert done.returncode == 0 and "make check-vllm" in done.stderr.splitlines()[-1]
+    assert checkout.calls == [checkout.created_with("conda env"), PYTEST]
+
+    (checkout.folder / ".vllm").mkdir()  # as pip would
+    checks = ".conda/bin/python -m pytest -rP tests/vllm_check.py"
+    install = ".conda/bin/python -m pip install --quiet --no-deps --upgrade --target .vllm -r tests/" + pins.name
+    for expected in ([install, checks], [checks]):
+        assert checkout.make("check-vllm").returncode == 0
+        assert checkout.calls == expected
