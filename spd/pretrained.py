@@ -267,7 +267,7 @@ class SPDModel:
             partial.mkdir(parents=True)
             self._copy_descriptions(partial, config, served)
             if drops:
-                (partial / "README.md").write_text(self._card(folder.name))
+                write_whole(partial / "README.md", lambda path: path.write_text(self._card(folder.name)))
         write_weights(partial, config, dense_tensors(self.transformer, config), is_main)
         if not is_main:
             return {}

@@ -3,7 +3,7 @@
 A plug-in of vLLM (entry point `vllm.general_plugins`): installed beside a server's own torch with `--no-deps` it needs
 torch and vLLM alone, and vLLM only once vLLM calls it. The plan stands in the folder's `config.json`, as
 `"spd": {"tp": 2, "plan": "DF FF ..."}` beside `"architectures": ["SPDLlamaForCausalLM"]`; nothing is to be set.
-Shards are vLLM's own, contiguous and even, which is how a folder is exported.
+Shards are vLLM's own, contiguous and even, which is how a folder is exported: uneven ones are filled up with zeros.
 """
 
 from collections.abc import Callable
