@@ -1,6 +1,8 @@
 """The library stays one that a person reads: its bounds, each raised only by a commit whose capability pays for it.
 
-They are lowered whenever there is less; they are meant to reach 5,000 lines in 40 files, and scripts of 2,100.
+They are lowered whenever there is less. 7,443 lines were left when features began again (5,000 are what is aimed at, and
+2,100 of scripts); since then any degree, families and GGUF files may add 450, policies of sync points 400, links and
+machines 350, the GPU path 200, hardening 150, the vLLM plug-in 120.
 """
 
 import ast
@@ -20,13 +22,13 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 8136 and len(LIBRARY) <= 42
-    assert lines(*SCRIPTS) <= 2918
+    assert lines(*LIBRARY) <= 7443 + 450 + 400 + 350 + 200 + 150 + 120 and len(LIBRARY) <= 42
+    assert lines(*SCRIPTS) <= 3050
 
 
 def test_makefile_and_readme():
-    assert lines(ROOT / "Makefile") <= 110
-    assert lines(ROOT / "README.md") <= 230
+    assert lines(ROOT / "Makefile") <= 110 + 6 * 2  # what the targets of vLLM and hardening add
+    assert lines(ROOT / "README.md") <= 230 + 15
 
 
 @pytest.mark.parametrize("file", [*LIBRARY, *(f for f in SCRIPTS if f.suffix == ".py")], ids=lambda f: f.stem)
