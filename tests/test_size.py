@@ -1,8 +1,8 @@
 """The library stays one that a person reads: its bounds, each raised only by a commit whose capability pays for it.
 
-They are lowered whenever there is less. 7,443 lines were left when features began again (5,000 are what is aimed at, and
-2,100 of scripts); since then any degree, families and GGUF files may add 450, policies of sync points 400, links and
-machines 350, the GPU path 200, hardening 150, the vLLM plug-in 120.
+They are lowered whenever there is less. 7,443 lines were left when features began again (5,000 are what is aimed at,
+and 2,100 of scripts); since then any degree, families and GGUF files may add 450, policies of sync points 400, links
+and machines 350, the GPU path 200, hardening 150, the vLLM plug-in 120.
 """
 
 import ast
@@ -22,7 +22,7 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 7443 + 450 + 400 + 350 + 200 + 150 + 120 and len(LIBRARY) <= 42
+    assert lines(*LIBRARY) <= 7443 + 450 + 400 + 350 + 200 + 150 + 120 and len(LIBRARY) <= 45
     assert lines(*SCRIPTS) <= 3050
 
 
