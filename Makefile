@@ -55,7 +55,7 @@ TO = --records $(RUN)/records --reproduction $(notdir $(RUN)) $(ARGS)
 ON = --tp $(TP) $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVICE)) $(if $(TEXT),--text "$(TEXT)")
 TASK = $(if $(TASKS),--tasks $(TASKS)) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
 # On a text of the user's for a paper's experiment, evaluation is on another text, or on the windows after calibration's.
-APART = $(if $(CUDA),$(if $(TEXT),--calibration-text "$(TEXT)" $(if $(EVAL_TEXT),--text "$(EVAL_TEXT)",--skip 128)))
+APART = $(if $(EVAL_TEXT),--calibration-text "$(TEXT)" --text "$(EVAL_TEXT)",$(if $(CUDA),$(if $(TEXT),--calibration-text "$(TEXT)" --skip 128)))
 TIMED = $(if $(CUDA),[ $(TP) = $$(( $(NPROC) * $(NNODES) )) ] || { echo "Latency was left out: NPROC=$(TP)." >&2; exit 0; }; $(GO),$(PYTHON))
 BENCH = -m spd --experiment $< bench --sensitivity $(RUN)/sensitivity.json $(if $(MODEL),--model "$(MODEL)") $(if $(CUDA),--device cuda --tp $(TP))
 ifndef DRY_RUN
@@ -80,6 +80,7 @@ reproduce-%: experiments/%.yaml | $(READY)
 	@$(PYTHON) experiments/budget.py $< --tp $(TP) --processes $$(( $(NPROC) * $(NNODES) )) --nodes $(NNODES) $(if $(MODEL),--model "$(MODEL)")
 endif
 PAPER = $(@:reproduce-%=llama2-%)
+reproduce-smollm2: TP = 3
 ifndef SHAPE_ONLY
 reproduce-7b reproduce-13b:
 	+@for tp in $(if $(filter file,$(origin TP)),8 4,$(TP)); do $(MAKE) --no-print-directory reproduce-$(PAPER) TP=$$tp \
