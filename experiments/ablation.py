@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from spd.cli import CALIBRATION, MODEL, TEXT, main
+from spd.cli import main
 from spd.closed_form import ClosedForm
 from spd.distill import Recipe, identity_of, recipe_named
 from spd.evaluate import Progress, perplexity, silent
-from spd.options import command, option
+from spd.options import CALIBRATION, MODEL, TEXT, command, option
 from spd.plan import Plan, parse_blocks
 from spd.pretrained import SPDModel
 from spd.sweep import Repairer

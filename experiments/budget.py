@@ -141,7 +141,7 @@ def document_of(job: Job, blocks: int) -> dict:
 
 def repair(job: Job, windows: int, document: dict, recipe: Recipe) -> Budget:
     """`distill`: the blocks repaired that a plan drops."""
-    c, held_out, dropped = job.config, windows - split(windows), dropped_blocks(document)
+    c, held_out, dropped = job.config, windows - split(windows), dropped_blocks(document, recipe)
     learnt = split(windows) + recipe.generated
     kept = 4 * job.block_parameters  # changed weights, and the block as it was
     streams = 2 * (learnt + held_out) * job.seq_len * c.hidden_size * 4

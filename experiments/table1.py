@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spd.cli import MODEL, TEXT, main
+from spd.cli import main
 from spd.closed_form import centre_heads
 from spd.comm import Stream
 from spd.evaluate import batches, perplexity
 from spd.model import Context, Transformer
-from spd.options import command, option
+from spd.options import MODEL, TEXT, command, option
 from spd.plan import DROP, Plan, Policy, parse_blocks
 
 FOR_MEANS = 16  # windows

@@ -59,19 +59,25 @@ class Timed:
         drops: Sequence[str] = (),
         sensitivity: Path | None = None,
         percentages: list[float] | None = None,
-    ) -> tuple[str, ...]:
-        """Letters of the plans asked for, duplicates removed; everything full where none is."""
+        sent: tuple[int | None, ...] = (),
+    ) -> tuple[Plan, ...]:
+        """The plans asked for, duplicates removed; everything full where none is. `sent` is `Plan.sending`'s."""
         blocks, fingerprint = self.described["blocks"], self.described["fingerprint"]
         if files and self.shape is not None:
             raise SPDError("A plan file belongs to a model; with --shape say what is dropped with --drop.")
-        chosen = [read_plan(path, fingerprint, self.tp, blocks).plan for path in files]
-        chosen += [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
+        files = [read_plan(path, fingerprint, self.tp, blocks).plan for path in files]
+        chosen = [Plan.dropping(blocks, parse_blocks(spec, blocks)) for spec in drops]
         if sensitivity is not None or percentages is not None:
             values = [0.0] * blocks  # which blocks they are changes no timing
             if sensitivity is not None:
                 values = read_sensitivity(sensitivity, fingerprint)["sensitivity"]
             chosen += plans_by_percentage(values, percentages).values()
-        return tuple(dict.fromkeys(str(plan) for plan in chosen or [Plan.full(blocks)]))
+        if not files and not chosen:
+            chosen = [Plan.full(blocks)]
+        chosen = [plan.sending(*sent) for plan in chosen]
+        for plan in chosen:
+            plan.check_groups(self.tp)
+        return tuple(dict.fromkeys([*files, *chosen]))
 
     def load(self, shards: Shards, dtype: str, device: str, seed: int) -> Transformer:
         where = {"shards": shards, "dtype": dtype, "device": device}
@@ -84,7 +90,7 @@ class Timed:
 class BenchSettings:
     """How it is timed."""
 
-    plans: tuple[str, ...]  # letters
+    plans: tuple[Plan, ...]
     batch: int = 1
     prompt_len: int = 128  # tokens
     new_tokens: int = 16  # decoded after the prompt to time TPOT; 0 leaves it out
@@ -138,7 +144,7 @@ def bench(runtime: Runtime, timed: Timed, settings: BenchSettings) -> dict:
     model = timed.load(shards, settings.dtype, runtime.device, settings.seed)
     sizes = settings.batch, settings.prompt_len, settings.new_tokens, model.embedding.weight.element_size()
     passes, blocks = timed_passes(model.config, timed.tp, *sizes), model.config.num_blocks
-    plans = [Case(Plan.from_letters(letters)) for letters in settings.plans]
+    plans = [Case(plan) for plan in settings.plans]
     full, silent = Case(Plan.full(blocks)), Case(Plan.full(blocks), True)
     dropped = Case(Plan.dropping(blocks, range(blocks)))
     bounds = {"all_full": full, "all_attention_dropped": dropped, "no_communication": silent}
@@ -146,10 +152,13 @@ def bench(runtime: Runtime, timed: Timed, settings: BenchSettings) -> dict:
     with bar((settings.repeats + settings.warmup) * len(cases), "timings", shown=runtime.is_main) as progress:
         samples = _interleaved(model, cases, settings, progress)
     rates = measure(model, passes)
-    floor = {c: floors(rates, passes, link, 0 if c.silent else c.plan.syncs()) for c in [*plans, *bounds.values()]}
+    floor, width = {}, model.config.hidden_size
+    for case in (*plans, *bounds.values()):
+        syncs = 0 if case.silent else case.plan.syncs()
+        floor[case] = floors(rates, passes, link, syncs, case.plan.rounded(width, timed.tp))
     rows = {case: row_of(case, taken) | {"floor": floor[case]} for case, taken in samples.items()}
     for case, taken in samples.items():
-        rows[case] |= saved(samples.get(full, taken), taken)
+        rows[case] |= {} if case.plan.rounded(width, timed.tp) else saved(samples.get(full, taken), taken)
     note = model.config.padding_note(timed.tp)
     found = {"rates": rates.document()} | ({"note": note} if note else {})
     if settings.alone:
@@ -208,6 +217,7 @@ def row_of(case: Case, samples: Sequence[Sample]) -> dict:
     spent = [sum(s.spent().values()) if len(s.spent()) == len(s.collectives) else None for s in samples]
     return {
         "plan": str(case.plan),
+        "group": case.plan.group,
         "blocks_dropped": len(case.plan.dropped()),
         "communicates": not case.silent,
         "ttft_ms": spread([sample.ttft for sample in samples]),

@@ -107,7 +107,7 @@ def observations_of(record: Mapping, statistic: str = "median") -> list[Observat
     rows = [(f"{row['blocks_dropped']} dropped", row) for row in result["plans"]]
     rows += [(name.replace("_", " "), row) for name, row in result["bounds"].items()]
     found = []
-    for name, row in rows:
+    for name, row in ((name, row) for name, row in rows if set(row["plan"]) <= set("FD ")):  # only whole values
         syncs = Plan.from_letters(row["plan"]).syncs() if row["communicates"] else 0
         for kind, a_pass in passes.items():
             if row[f"{kind}_ms"] is not None:

@@ -8,71 +8,29 @@ from pathlib import Path
 from typing import NoReturn
 
 from spd.errors import SPDError, one_of
-from spd.options import COMMANDS, Command, Parser, at_least, command, option, percentages
-from spd.session import Session
-
-# ---------------------------------------------------------------- options that several commands share
-
-DEVICE = partial(one_of, "device", known=("cpu", "cuda"))
-DTYPE = partial(one_of, "dtype", known=("float32", "bfloat16", "float16"))
-COMPUTE = (
-    option("--device", "cpu or cuda (one GPU a process).", DEVICE, "cpu"),
-    option("--dtype", "Of weights and arithmetic: float32, bfloat16 or float16.", DTYPE, "float32"),
-    option("--seed", "Seed of everything random.", int, 0),
-)
-MODEL = (
-    option(
-        "--model",
-        "Folder of Hugging Face's form, GGUF file, 'spd-tiny', or hub id.",
-        required=True,
-        metavar="DIR|HUB_ID",
-    ),
-    option("--tp", "Logical tensor-parallel degree; it fixes the numbers, processes do not.", at_least(1), 1),
-    *COMPUTE,
-)
-BUILTIN = "'builtin' (spd-tiny's held-out text), 'builtin-train', 'wikitext2-train', 'wikitext2-test'"
-TEXT = (
-    option("--text", f"Text file, or one of {BUILTIN}.", metavar="FILE|NAME"),
-    option("--seq-len", "Tokens a window; left out: the model's positions, at most 2048.", int),
-    option("--windows", "Use the first N windows; left out: all.", at_least(1)),
-    option("--skip", "Pass over N windows first, to keep evaluation apart from calibration.", at_least(0), 0),
-)
-PLAN = option("--plan", "Plan file, or a folder made by 'distill'.", Path, metavar="PATH")
-PLANS = (
+from spd.options import (
+    CALIBRATION,
+    COMMANDS,
+    COMPUTE,
+    MODEL,
+    PERCENTAGES,
     PLAN,
-    option("--drop", "Blocks whose attention sync is dropped: none, all, or as in 1,3,5-7.", metavar="SPEC"),
-    option("--drop-mlp", "The same for the sync after the MLP.", metavar="SPEC"),
+    PLANS,
+    PROMPT,
+    REPAIR,
+    SENSITIVITY,
+    SENT,
+    TASKS,
+    TEXT,
+    THRESHOLDS,
+    Command,
+    Parser,
+    at_least,
+    command,
+    option,
+    percentages,
 )
-PAPERS = "arc_easy, arc_challenge, hellaswag, lambada_openai, piqa, sciq, winogrande"
-TASKS = (
-    option("--tasks", f"Of the paper's {PAPERS}; mmlu; tiny_last_word and tiny_continuation.", metavar="NAME,NAME"),
-    option("--tasks-dir", "Folder of NAME.jsonl with their rows; left out: the hub.", Path, metavar="DIR"),
-    option("--limit", "Only the first N questions of a task (of each subject, for mmlu).", at_least(1)),
-    option("--batch-size", "Contexts of tasks in a forward pass.", at_least(1), 16, aside=True),
-)
-THRESHOLDS = (
-    option("--tau1", "ISB up to this sensitivity, SB above; perplexity points.", float, 0.05),
-    option("--tau2", "SB up to this sensitivity, ESB above; perplexity points.", float, 10.0),
-)
-REPAIR = (
-    option("--epochs", "Passes over the windows for each block; left out: the recipe's.", int),
-    option("--learning-rate", "Adam's, or its share of each weight's size (best).", float),
-    option("--joint-epochs", "Passes of all dropped blocks together, towards the logits (best).", int),
-    option("--generated", "Windows that the model writes itself to learn from besides the text (best).", int),
-)
-CALIBRATION = (
-    option("--calibration", "Windows to repair on: the first, which --skip must pass over.", at_least(2), 128),
-    option("--repairs", "Folder of repairs: an interrupted run goes on there.", Path, Path("repairs"), aside=True),
-)
-PROMPT = (
-    option("--batch", "Sequences.", at_least(1), 1),
-    option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
-    option("--new-tokens", "Tokens decoded to time TPOT; 0 leaves it out.", at_least(0), 16),
-    option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us or 25Gbit,20us."),
-)
-PERCENTAGES = option("--percentages", "Of blocks to drop, as in 0,25,50; left out: every number.", percentages)
-SENSITIVITY = option("sensitivity", "What 'sensitivity --out' wrote.", Path, metavar="SENSITIVITY.json")
-
+from spd.session import Session
 
 # ---------------------------------------------------------------- commands
 
@@ -100,7 +58,7 @@ def evaluate(session: Session) -> None:
     model = session.load()
     if accuracy is not None and o.compare:
         accuracy.compare_with(model)
-    result = {"plan": session.take_plan(model)}
+    result = session.take_plan(model)
     if o.text is not None:
         data = session.windows(model)
         with session.progress(len(data.tokens), "windows") as progress:
@@ -146,7 +104,7 @@ def plan(session: Session) -> None:
 
 
 @command(
-    *(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, *CALIBRATION, *THRESHOLDS, *REPAIR, *TASKS),
+    *(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, *SENT, *CALIBRATION, *THRESHOLDS, *REPAIR, *TASKS),
     option("--strategies", "Recipes: zs (nothing is repaired), b2b, b2b+hg, closed-form, best.", default="zs"),
     option("--calibration-text", "Text to repair on, where not the one measured on.", metavar="FILE|NAME"),
 )
@@ -182,7 +140,8 @@ def sweep(session: Session) -> None:
 
     kept = o.repairs / f"points-{session.question_without('percentages', 'strategies')}.json"
     with session.progress(len(names) * len(plans_by_percentage(measured, o.percentages)), "points") as progress:
-        sweep = Sweep(measured, repairer, recipes, o.tau1, o.tau2, session.load)
+        sent = (o.bits, o.bits_plain, o.group)
+        sweep = Sweep(measured, repairer, recipes, o.tau1, o.tau2, session.load, sent)
         found = sweep.curve(names, o.percentages, evaluate, progress, kept)
     result = {"curve": found, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
     session.publish(result, described, data.describe())
@@ -256,12 +215,12 @@ def generate(session: Session) -> None:
     o = session.options
     sampling = Sampling(o.temperature, o.top_k, o.top_p, o.seed)
     model = session.load()
-    letters = session.take_plan(model)
+    taken = session.take_plan(model)
     ids = model.generate(o.prompt, o.max_new_tokens, sampling)
     texts = [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     one = len(o.prompt) == 1
-    result = {"text": texts[0] if one else texts, "token_ids": ids[0] if one else ids, "plan": letters}
-    session.publish(result, model.describe())
+    result = {"text": texts[0] if one else texts, "token_ids": ids[0] if one else ids}
+    session.publish(result | taken, model.describe())
 
 
 @command(
@@ -273,7 +232,7 @@ def generate(session: Session) -> None:
     ),
     option("--drop", "Blocks that drop; again to compare.", default=[], action="append", metavar="SPEC"),
     option("--sensitivity", "Compare plans that drop the least sensitive blocks of this file first.", Path),
-    *(PERCENTAGES, *PROMPT, *COMPUTE),
+    *(PERCENTAGES, *SENT, *PROMPT, *COMPUTE),
     option("--repeats", "Timed repetitions of each plan.", at_least(1), 20),
     option("--compile", "By torch.compile with static shapes; on GPUs also CUDA graphs.", bool, False),
     option("--alone", "Time rank 0's shard by itself; its all-reduces are predicted over --link.", bool, False),
@@ -288,7 +247,7 @@ def bench(session: Session) -> None:
 
     o = session.options
     timed = Timed(o.model, o.shape, o.tp)
-    plans = timed.plans(o.plan, o.drop, o.sensitivity, o.percentages)
+    plans = timed.plans(o.plan, o.drop, o.sensitivity, o.percentages, (o.bits, o.bits_plain, o.group))
     same = ("batch", "prompt_len", "new_tokens", "link", "repeats", "dtype", "seed", "compile", "alone", "transport")
     settings = BenchSettings(plans, **{name: getattr(o, name) for name in same})
     session.publish(run(session.runtime, timed, settings), timed.described)

@@ -113,15 +113,21 @@ def classes_of(document: dict) -> list[str | None]:
     return document.get("classes") or [None] * len(document["policies"])
 
 
-def dropped_blocks(document: dict) -> dict[int, str | None]:
-    """Class of each block of a plan document that loses a sync, by its number."""
-    pairs = Plan.from_policies(document["policies"]).blocks
+def repaired_plan(document: dict, recipe: Recipe) -> Plan:
+    """The document's plan; recipes on the student's inputs repair blocks as if what is sent were sent whole."""
+    plan = Plan.from_document(document)
+    return plan.whole() if recipe.students_inputs else plan
+
+
+def dropped_blocks(document: dict, recipe: Recipe) -> dict[int, str | None]:
+    """Class of each block of a plan document that is repaired, as it loses a sync, by its number."""
+    pairs = repaired_plan(document, recipe).blocks
     return {i: found for i, found in enumerate(classes_of(document)) if pairs[i] != TP_BLOCK}
 
 
 def total_steps(document: dict, recipe: Recipe, windows: int) -> int:
     """Optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
-    dropped, trained = dropped_blocks(document), split(windows) + recipe.generated
+    dropped, trained = dropped_blocks(document, recipe), split(windows) + recipe.generated
     joint = recipe.joint.epochs * trained if recipe.joint and dropped else 0
     return joint + sum(recipe.steps(block_class, trained) for block_class in dropped.values())
 
@@ -132,7 +138,7 @@ def identity_of(model: SPDModel) -> dict:
 
 def arguments_of(identity: dict, tokens: Tensor, document: dict, recipe: Recipe) -> dict:
     """What makes two runs the same."""
-    same = {"data": digest_of(tokens), "policies": document["policies"], "classes": document.get("classes")}
+    same = {"data": digest_of(tokens), "classes": document.get("classes")} | Plan.from_document(document).document()
     return identity | same | asdict(recipe)
 
 
@@ -150,8 +156,7 @@ def distill(
 ) -> dict:
     """Repairs a model for a plan, in place, and writes plan, changed tensors and result to `folder`.
 
-    Started again with the same arguments after it was interrupted, it goes on after the last finished block, and ends
-    with the same weights; where it had ended, it gives the result again.
+    Started again with the same arguments it goes on after the last finished block, or gives the result again.
 
     `model` is as read, in float32; `tokens` (W, T) are calibration windows; `document` holds `policies` and, for the
     paper's recipes, the `classes` of all blocks, as a plan file does. `is_main`: this process writes.
@@ -160,8 +165,9 @@ def distill(
     `note`), `curves`, `perplexity_full`, `perplexity_before` (zero-shot) and `perplexity_after` on the held-out
     windows, `seconds`, `plan`. `best` also chooses its epoch on these windows: compare recipes on other text.
     """
-    plan, dropped, transformer = Plan.from_policies(document["policies"]), dropped_blocks(document), model.transformer
-    _check(transformer, plan, recipe)
+    plan, repaired, transformer = Plan.from_document(document), repaired_plan(document, recipe), model.transformer
+    dropped = dropped_blocks(document, recipe)
+    _check(transformer, repaired, recipe)
     repairs = Repairs(folder, arguments_of(identity_of(model), tokens, document, recipe), is_main, transformer.shards)
     if repairs.result is not None:
         return repairs.result
@@ -179,9 +185,9 @@ def distill(
             repairs.restore(transformer, i)
             progress(recipe.steps(dropped[i], windows.trained))
         elif i in dropped:
-            case = Case(i, dropped[i], plan.blocks[i], inputs, targets)
+            case = Case(i, dropped[i], repaired.blocks[i], inputs, targets)
             repairs.finish(f"block {i}", *_repair(case, recipe, progress))
-        inputs = inputs.through(i, plan.blocks[i], in_place=True) if own else targets
+        inputs = inputs.through(i, repaired.blocks[i], in_place=True) if own else targets
         teacher = targets
     if recipe.joint and dropped and "joint" not in repairs.notes:
         _train_jointly(towards_logits(teacher, list(dropped)), recipe, repairs, progress)

@@ -8,7 +8,7 @@ said to. Nothing overlaps.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,13 +156,17 @@ def measure(model: Transformer, passes: dict[str, Pass]) -> Rates:
     return Rates(flops, read, sums, best(shards.transport.all_gather, part))
 
 
-def floors(rates: Rates, passes: dict[str, Pass], link: Link | None, syncs: int) -> dict:
-    """Least TTFT and TPOT (ms) of a plan with `syncs` all-reduces a pass, and what of them is communication."""
+def floors(rates: Rates, passes: dict[str, Pass], link: Link | None, syncs: int, rounded: Sequence[int] = ()) -> dict:
+    """Least TTFT and TPOT (ms) of a plan with `syncs` all-reduces a pass, and what of them is communication.
+
+    `rounded` are the bytes a token of each sync that sends few bits; only what the link takes for them counts.
+    """
     found = {}
     for kind, a_pass in passes.items():
         work = a_pass.work()
         computing = max(work.flop / rates.flops, work.weight_byte / rates.bytes)
         waiting = syncs * rates.all_reduce[kind] + (syncs > 0) * rates.all_gather
         waiting += a_pass.communication(link_all_reduce(link, a_pass.tp), syncs) if link is not None else 0.0
+        waiting += sum(link.all_reduce_seconds(a_pass.rows * each, a_pass.tp) for each in rounded if link is not None)
         found |= {f"{kind}_ms": 1e3 * (computing + waiting), f"{kind}_communication_ms": 1e3 * waiting}
     return found

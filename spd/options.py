@@ -6,10 +6,11 @@ In an experiment's YAML the values of `common` are every command's defaults, tho
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spd.errors import SPDError
+from spd.errors import SPDError, one_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,12 +80,90 @@ def percentages(text: str) -> list[float]:
         raise SPDError(f"'{text}' is not a list of percentages; write them as in 0,25,50.") from None
 
 
+def number_of_bits(text: str) -> int:
+    """The type of a number of bits a value is sent in."""
+    return int(one_of("number of bits", text, ("8", "4", "3", "2")))
+
+
 OUTPUT = (
     option("--out", "Where to write the result, too; asked the same again, it is given from there.", Path, aside=True),
     option("--records", "Folder for the record of this run.", Path, Path("runs"), aside=True),
     option("--reproduction", "Name of what this run is a stage of (its parent run in MLflow).", aside=True),
     option("--mlflow", "Show the record in MLflow (MLFLOW_TRACKING_URI, else ./mlflow.db).", bool, True, aside=True),
 )
+
+
+# ---------------------------------------------------------------- options that several commands share
+
+DEVICE = partial(one_of, "device", known=("cpu", "cuda"))
+DTYPE = partial(one_of, "dtype", known=("float32", "bfloat16", "float16"))
+COMPUTE = (
+    option("--device", "cpu or cuda (one GPU a process).", DEVICE, "cpu"),
+    option("--dtype", "Of weights and arithmetic: float32, bfloat16 or float16.", DTYPE, "float32"),
+    option("--seed", "Seed of everything random.", int, 0),
+)
+MODEL = (
+    option(
+        "--model",
+        "Folder of Hugging Face's form, GGUF file, 'spd-tiny', or hub id.",
+        required=True,
+        metavar="DIR|HUB_ID",
+    ),
+    option("--tp", "Logical tensor-parallel degree; it fixes the numbers, processes do not.", at_least(1), 1),
+    *COMPUTE,
+)
+BUILTIN = "'builtin' (spd-tiny's held-out text), 'builtin-train', 'wikitext2-train', 'wikitext2-test'"
+TEXT = (
+    option("--text", f"Text file, or one of {BUILTIN}.", metavar="FILE|NAME"),
+    option("--seq-len", "Tokens a window; left out: the model's positions, at most 2048.", int),
+    option("--windows", "Use the first N windows; left out: all.", at_least(1)),
+    option("--skip", "Pass over N windows first, to keep evaluation apart from calibration.", at_least(0), 0),
+)
+PLAN = option("--plan", "Plan file, or a folder made by 'distill'.", Path, metavar="PATH")
+SENT = (
+    option(
+        "--bits",
+        "Sync points not dropped send 8, 4, 3 or 2 bits; rounding errors go with the next.",
+        number_of_bits,
+    ),
+    option("--bits-plain", "The same with rounding errors lost, for comparison.", number_of_bits),
+    option("--group", "Dropped sync points still share inside groups of G shards.", at_least(1), metavar="G"),
+)
+PLANS = (
+    PLAN,
+    option("--drop", "Blocks whose attention sync is dropped: none, all, or as in 1,3,5-7.", metavar="SPEC"),
+    option("--drop-mlp", "The same for the sync after the MLP.", metavar="SPEC"),
+    *SENT,
+)
+PAPERS = "arc_easy, arc_challenge, hellaswag, lambada_openai, piqa, sciq, winogrande"
+TASKS = (
+    option("--tasks", f"Of the paper's {PAPERS}; mmlu; tiny_last_word and tiny_continuation.", metavar="NAME,NAME"),
+    option("--tasks-dir", "Folder of NAME.jsonl with their rows; left out: the hub.", Path, metavar="DIR"),
+    option("--limit", "Only the first N questions of a task (of each subject, for mmlu).", at_least(1)),
+    option("--batch-size", "Contexts of tasks in a forward pass.", at_least(1), 16, aside=True),
+)
+THRESHOLDS = (
+    option("--tau1", "ISB up to this sensitivity, SB above; perplexity points.", float, 0.05),
+    option("--tau2", "SB up to this sensitivity, ESB above; perplexity points.", float, 10.0),
+)
+REPAIR = (
+    option("--epochs", "Passes over the windows for each block; left out: the recipe's.", int),
+    option("--learning-rate", "Adam's, or its share of each weight's size (best).", float),
+    option("--joint-epochs", "Passes of all dropped blocks together, towards the logits (best).", int),
+    option("--generated", "Windows that the model writes itself to learn from besides the text (best).", int),
+)
+CALIBRATION = (
+    option("--calibration", "Windows to repair on: the first, which --skip must pass over.", at_least(2), 128),
+    option("--repairs", "Folder of repairs: an interrupted run goes on there.", Path, Path("repairs"), aside=True),
+)
+PROMPT = (
+    option("--batch", "Sequences.", at_least(1), 1),
+    option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
+    option("--new-tokens", "Tokens decoded to time TPOT; 0 leaves it out.", at_least(0), 16),
+    option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us or 25Gbit,20us."),
+)
+PERCENTAGES = option("--percentages", "Of blocks to drop, as in 0,25,50; left out: every number.", percentages)
+SENSITIVITY = option("sensitivity", "What 'sensitivity --out' wrote.", Path, metavar="SENSITIVITY.json")
 
 
 # ---------------------------------------------------------------- commands and experiments

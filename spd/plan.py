@@ -28,10 +28,6 @@ class Policy:
     plain: bool = False
     group: int | None = None
 
-    def packed_bytes(self, size: int, tp: int) -> int:
-        """That `size` values, in a slice for each shard, are sent in, where they are rounded."""
-        return tp * packed_bytes(-(-size // tp), self.bits)
-
 
 FULL = Policy("full", "F")
 DROP = Policy("drop", "D")
@@ -93,6 +89,17 @@ class Plan:
             blocks[-1] = (blocks[-1][0], FULL)
         return Plan(tuple(blocks))
 
+    def sending(self, bits: int | None = None, plain: int | None = None, group: int | None = None) -> "Plan":
+        """Where it is `full`, few bits instead, kept or `plain`; where it drops, node-local in groups of so many."""
+        if bits and plain:
+            raise SPDError("What rounding takes is either kept (--bits) or lost (--bits-plain): give one of them.")
+        rounded = KEPT[bits] if bits else PLAIN[plain] if plain else FULL
+        return self.replaced({FULL: rounded} | ({DROP: replace(GROUP, group=group)} if group else {}))
+
+    def whole(self) -> "Plan":
+        """With whole values where it sends few bits."""
+        return self.replaced(dict.fromkeys((*KEPT.values(), *PLAIN.values()), FULL))
+
     def _grouped(self, size: int | None) -> "Plan":
         if size is None and any(policy == GROUP for pair in self.blocks for policy in pair):
             raise SPDError(f"The plan {self} has node-local sync points; how many shards a group has must be said.")
@@ -125,9 +132,12 @@ class Plan:
 
     def bytes_share(self, size: int, tp: int) -> float:
         """Of what all sync points send together when all are `full`, values (`size` a token) in 16 bits."""
-        rounded = [policy for pair in self.blocks for policy in pair if policy.bits]
-        sent = 2 * size * self.syncs() + sum(policy.packed_bytes(size, tp) for policy in rounded)
-        return sent / (2 * size * 2 * len(self))
+        return (2 * size * self.syncs() + sum(self.rounded(size, tp))) / (2 * size * 2 * len(self))
+
+    def rounded(self, size: int, tp: int) -> list[int]:
+        """Bytes a token of each sync point that sends few bits, of `size` values in a slice for each shard."""
+        every = [policy.bits for pair in self.blocks for policy in pair if policy.bits]
+        return [tp * packed_bytes(-(-size // tp), bits) for bits in every]
 
 
 def parse_blocks(spec: str, num_blocks: int) -> list[int]:

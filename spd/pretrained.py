@@ -30,7 +30,7 @@ from spd.errors import SPDError
 from spd.generate import Sampling, generate
 from spd.launch import cache_folder, say
 from spd.model import Transformer
-from spd.plan import POINTS, Plan, read_plan
+from spd.plan import Plan, read_plan
 from spd.records import write_json, write_whole
 from spd.repairs import RESULT
 from spd.tiny import MODEL_DIR
@@ -254,7 +254,7 @@ class SPDModel:
 
         Raises SPDError where the folder is not empty, or where vLLM could not serve what the plan drops.
         """
-        drops = any(self.plan.dropped(point) for point in POINTS)
+        drops = self.plan != Plan.full(len(self.plan))
         served = {"tp": self.tp, "plan": str(self.plan)} if drops else {}
         if drops and (reason := unservable(served)):
             raise SPDError(reason)
@@ -272,7 +272,7 @@ class SPDModel:
         if not is_main:
             return {}
         described = describe(config, folder.name, Checkpoint(partial).fingerprint())
-        plan = {"policies": self.plan.policies(), "plan": str(self.plan), "model": described, "tp": self.tp}
+        plan = self.plan.document() | {"plan": str(self.plan), "model": described, "tp": self.tp}
         write_json(partial / "plan.json", plan)
         if folder.exists():
             folder.rmdir()

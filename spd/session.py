@@ -15,6 +15,7 @@ from spd import __version__
 from spd.errors import SPDError
 from spd.options import Command
 
+DROPS, SENT = ("drop", "drop_mlp"), ("bits", "bits_plain", "group")  # options that say what a plan would
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
 READ_WHOLE = 2**26  # bytes of a file that are read each time it is asked about; of larger ones samples
 SAMPLES, SAMPLE_BYTES = 16, 4096
@@ -113,25 +114,29 @@ class Session:
         return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, **harness)
 
     def plan_document(self, model) -> dict:
-        """The content of `--plan` (policies, perhaps classes), or the policies of `--drop` and `--drop-mlp`."""
+        """The content of `--plan` (policies, perhaps classes), or the policies of the options that stand for it."""
         from spd.plan import Plan, parse_blocks, read_plan
 
         blocks = model.config.num_blocks
-        drops = [getattr(self.options, name, None) for name in ("drop", "drop_mlp")]
+        drops, sent = ([getattr(self.options, name, None) for name in names] for names in (DROPS, SENT))
         if self.options.plan is None:
-            return {"policies": Plan.dropping(blocks, *(parse_blocks(d or "none", blocks) for d in drops)).policies()}
-        if any(drops):
-            raise SPDError("--plan already says what is dropped; leave out --drop and --drop-mlp.")
+            plan = Plan.dropping(blocks, *(parse_blocks(d or "none", blocks) for d in drops)).sending(*sent)
+            plan.check_groups(model.tp)
+            return plan.document()
+        if any((*drops, *sent)):
+            others = ", ".join(f"--{name}".replace("_", "-") for name in (*DROPS, *SENT))
+            raise SPDError(f"--plan already says what every sync point does; leave out {others}.")
         return read_plan(self.options.plan, model.fingerprint, model.tp, blocks).model_dump(exclude_unset=True)
 
-    def take_plan(self, model) -> str:
-        """Gives the model its plan, with the repaired weights of a folder; the plan's letters."""
+    def take_plan(self, model) -> dict:
+        """Gives the model its plan, with the repaired weights of a folder; what a result says of the plan."""
         from spd.plan import Plan
 
-        model.plan = Plan.from_policies(self.plan_document(model)["policies"])
+        model.plan = Plan.from_document(self.plan_document(model))
         if self.options.plan is not None:
             model.load_plan(self.options.plan)
-        return str(model.plan)
+        said = {"plan": str(model.plan)} | ({"group": model.plan.group} if model.plan.group else {})
+        return said | {"bytes_share": model.plan.bytes_share(model.config.hidden_size, model.tp)}
 
     def progress(self, total: int, unit: str):
         """A bar on the main process; a context that gives the function to call with units done."""

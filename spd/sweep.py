@@ -76,6 +76,7 @@ class Sweep:
     tau1: float = TAU1
     tau2: float = TAU2
     load: Callable[[], SPDModel] | None = None  # gives the model to evaluate; left out: the one that is repaired
+    sent: tuple[int | None, ...] = ()  # bits, plain bits, group: how the plans are evaluated (`Plan.sending`)
 
     def repairs(self, recipe: str, blocks: int) -> Iterator[tuple[dict, str, str]]:
         """What repairs a plan of so many blocks: plan document, recipe and name of each.
@@ -124,12 +125,12 @@ class Sweep:
                     model, loaded = (self.load or self.repairer.load)(), frozenset()
                 for file in files - loaded:
                     load_changed(model.transformer, file)
-                model.plan, loaded = plan, files
+                model.plan, loaded = plan.sending(*self.sent), files
                 scores[same] = evaluate(model)
                 if kept and self.repairer.is_main:
                     write_json(kept, scores)
             blocks = len(plan.dropped())
-            described = {"strategy": name, "blocks": blocks, "percent": 100 * blocks / len(plan), "plan": str(plan)}
-            points.append(described | scores[same])
+            described = {"strategy": name, "blocks": blocks, "percent": 100 * blocks / len(plan)}
+            points.append(described | {"plan": str(plan.sending(*self.sent))} | scores[same])
             progress(1)
         return points

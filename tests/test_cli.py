@@ -47,6 +47,64 @@ def measured(spd, common, out="s.json"):
     return result
 
 
+def test_every_command_takes_bits_and_groups(spd, common, tmp_path):
+    model = common[:4]
+
+    def plan_and_share(*options):
+        code, result, err = spd("eval", *common, "--windows", 2, *options)
+        assert code == 0, err
+        return result["plan"], result.get("group"), result["bytes_share"]
+
+    packed = 4 * (4 + 2)  # 4 slices of 8 values: 4 bytes of codes at 4 bits, 2 of a scale; against 64 bytes in 16 bits
+    assert plan_and_share() == ("FF FF FF", None, 1.0)
+    assert plan_and_share("--bits", 4) == ("44 44 4F", None, (5 * packed + 64) / (6 * 64))
+    assert plan_and_share("--drop", "1", "--bits-plain", 3, "--group", 2)[:2] == ("tt Gt tF", 2)
+    code, _, err = spd("sensitivity", *common, "--windows", 4, "--out", "s.json")
+    assert code == 0, err
+    swept = ["--skip", 4, "--windows", 2, "--percentages", "0,34", "--bits", 4, "--group", 2]
+    code, result, err = spd("sweep", "s.json", *common, *swept)
+    assert code == 0 and [row["plan"].count("G") for row in result["curve"]] == [0, 1], err
+    assert result["curve"][0]["plan"] == "44 44 4F"
+    code, result, err = spd(
+        "generate", *model, "--prompt", "t5 t6", "--max-new-tokens", 2, "--drop", "all", "--group", 4
+    )
+    assert code == 0 and (result["plan"], result["group"]) == ("GF GF GF", 4), err
+    repair = ["distill", *common, "--windows", 10, "--drop", "1", "--bits", 4, "--out", "repair"]
+    code, result, err = spd(*repair)
+    assert code == 0 and result["plan"] == "44 D4 4F", err
+    assert [block["treatment"] for block in result["blocks"]] == ["keep", "closed form, drop", "keep"]
+    assert plan_and_share("--plan", "repair")[0] == "44 D4 4F"
+    code, _, err = spd("export", "--model", common[1], "--plan", "repair", "--out", "whole")
+    assert code == 1 and "vLLM cannot serve a plan with 44, 4F, D4 in it" in err
+    grouped = tmp_path / "grouped.json"
+    document = json.loads((tmp_path / "repair/plan.json").read_text()) | {"changed": [], "group": 2}
+    grouped.write_text(json.dumps(document | {"policies": [["group", "full"]] * 3}))
+    assert plan_and_share("--plan", grouped)[:2] == ("GF GF GF", 2)
+    grouped.write_text(json.dumps(document | {"policies": [["group", "full"]] * 3, "group": 3}))
+    for options, message in (
+        (("--bits", 5), "Unknown number of bits '5'; known: 8, 4, 3, 2"),
+        (("--bits", 4, "--bits-plain", 4), "either kept (--bits) or lost (--bits-plain)"),
+        (("--drop", "all", "--group", 3), "tp=4 shards cannot be divided into groups of 3"),
+        (("--plan", "repair", "--bits", 4), "--plan already says what every sync point does; leave out --drop, "),
+        (("--plan", grouped), "tp=4 shards cannot be divided into groups of 3"),
+    ):
+        code, _, err = spd("eval", *common, "--windows", 2, *options)
+        assert code not in (0, 70) and message in err
+
+
+def test_bench_takes_bits_and_groups(spd):
+    sizes = ["--prompt-len", 8, "--new-tokens", 1, "--repeats", 1]
+    asked = ["--shape", "llama-8m", "--tp", 4, "--alone", "--link", "1GBps,2ms", "--drop", "none", "--drop", "all"]
+    code, result, err = spd("bench", *asked, "--bits", 4, *sizes)
+    assert code == 0, err
+    assert [row["plan"][:2] for row in result["predicted"]] == ["44", "D4"]
+    packed, whole = 4 * (64 * 4 // 8 + 2 * 2), 256 * 4  # bytes a token: slices of 64 values
+    first, second = (row["communication_ms"]["ttft_ms"] for row in result["predicted"])
+    assert first - second == pytest.approx(6 * (2 + 1.5 * 8 * packed / 1e6)) and packed < whole
+    code, _, err = spd("bench", *asked, "--group", 3, *sizes)
+    assert code and "groups of 3" in err
+
+
 def test_eval(spd, common, tmp_path):
     code, result, _ = spd(
         "eval", *common, "--windows", 5, "--skip", 2, "--drop", "0,2", "--drop-mlp", "1", "--out", "deep/out.json"

@@ -142,7 +142,8 @@ def test_processes_that_cannot_be_divided():
 
 def test_bench_counts_what_it_times(variants):
     letters = ("FF FF FF", "DF FF DF")
-    settings = BenchSettings(letters, prompt_len=8, new_tokens=2, repeats=3, warmup=1, link="1GBps,2ms")
+    plans = tuple(Plan.from_letters(each) for each in letters)
+    settings = BenchSettings(plans, prompt_len=8, new_tokens=2, repeats=3, warmup=1, link="1GBps,2ms")
     found = spawn(2, bench, Timed(str(variants("plain")[0]), tp=2), settings)
     assert [row["plan"] for row in found["plans"]] == list(letters)
     counts = [{point: c["count"] for point, c in row["collectives"].items()} for row in found["plans"]]

@@ -257,14 +257,14 @@ def test_bounds_are_work_over_rates_plus_the_sync_points():
 
 def test_bench_gives_bounds_and_times_one_shard_alone():
     sizes = {"prompt_len": 8, "new_tokens": 1, "repeats": 2, "warmup": 0}
-    found = run(Runtime(), Timed(shape="llama-8m"), BenchSettings(("FF FF FF FF FF FF",), **sizes))
+    found = run(Runtime(), Timed(shape="llama-8m"), BenchSettings((Plan.full(6),), **sizes))
     assert found["rates"]["matrix_gflops"] > 0 and found["rates"]["all_reduce"]["ttft_ms"] == 0
     assert found["plans"][0]["floor"]["ttft_ms"] > 0 and "saved" not in found["plans"][0]
     model = {"name": "llama-8m", "fingerprint": "f", "blocks": 6}
     (table,) = tables([make_record("bench", {}, found, started=datetime.now(UTC), model=model, tp=1)])
     assert table.frame["formula_ms"][0] == found["bounds"]["no_communication"]["ttft_ms"]["median"]
     assert table.frame["ttft_of_bound"][0] > 0 and "GFLOP/s" in table.caption
-    plans = ("FF FF FF FF FF FF", "DF DF DF DF DF DF")
+    plans = (Plan.full(6), Plan.dropping(6, range(6)))
     settings = BenchSettings(plans, alone=True, link="1GBps,1ms", **sizes)
     found = run(Runtime(), Timed(shape="llama-8m", tp=4), settings)
     times = [row["ttft_ms"] for row in found["predicted"]]
@@ -275,5 +275,5 @@ def test_bench_gives_bounds_and_times_one_shard_alone():
 
 def test_a_share_alone_needs_a_link_to_predict_over():
     with pytest.raises(SPDError, match="--link"):
-        run(Runtime(), Timed(shape="llama-8m", tp=4), BenchSettings(("FF",), alone=True))
+        run(Runtime(), Timed(shape="llama-8m", tp=4), BenchSettings((Plan.full(6),), alone=True))
     assert SHAPES["llama-8m"].num_blocks == 6
