@@ -68,19 +68,27 @@ def evaluate(session: Session) -> None:
     session.publish(result, model.describe(), data and data.describe())
 
 
-@command(*MODEL, *TEXT)
+@command(
+    *(*MODEL, *TEXT),
+    option("--fast", "Score policies at both sync points of every block, to first order, in one pass.", bool, False),
+    option("--policies", "Those that --fast scores, as in drop,int4.", default="drop", metavar="NAME,NAME"),
+)
 def sensitivity(session: Session) -> None:
     """How much each block suffers from losing its attention sync (the paper's section 4.2.1).
 
     Gives the L + 1 perplexities "sync dropped from block i on" and the L differences of neighbours, in perplexity
-    points and in nats (which compare across models).
+    points and in nats (which compare across models). With --fast instead scores, which rank and are no perplexities.
     """
+    from spd.plan import Plan
+    from spd.sensitivity import scores
     from spd.sensitivity import sensitivity as measure
 
-    model = session.load()
+    o, model = session.options, session.load()
+    policies = [pair[0] for pair in Plan.from_policies((name, name) for name in o.policies.split(",")).blocks]
     data = session.windows(model)
     with session.progress(len(data.tokens), "windows") as progress:
-        result = measure(model.transformer, data.tokens, progress)
+        asked = (model.transformer, data.tokens)
+        result = scores(*asked, policies, progress) if o.fast else measure(*asked, progress)
     session.publish(result, model.describe(), data.describe())
 
 
@@ -95,11 +103,11 @@ def plan(session: Session) -> None:
     Blocks are ranked by ascending sensitivity and dropped up to the budget. Classes: ISB is dropped as is, SB is
     distilled first, ESB has its heads grouped and is distilled. The plan holds for the model and tp it was made for.
     """
-    from spd.planner import make_plan, read_sensitivity
+    from spd.planner import make_plan, read_sensitivity, thresholds
 
     o = session.options
     measured = read_sensitivity(o.sensitivity)
-    result = make_plan(measured["sensitivity"], o.budget, o.tau1, o.tau2)
+    result = make_plan(measured["sensitivity"], o.budget, *thresholds(measured, o.tau1, o.tau2))
     session.publish(result, measured["model"], measured.get("data"), measured["tp"])
 
 
@@ -116,12 +124,15 @@ def sweep(session: Session) -> None:
     """
     from spd.distill import identity_of
     from spd.evaluate import perplexity
-    from spd.planner import plans_by_percentage, read_sensitivity
-    from spd.sweep import ZERO_SHOT, Repairer, Sweep, parse_strategies, sweep_recipes
+    from spd.planner import plans_by_percentage, read_sensitivity, thresholds
+    from spd.sweep import BY_CLASS, ZERO_SHOT, Repairer, Sweep, parse_strategies, sweep_recipes
 
     o, accuracy, is_main = session.options, session.accuracy(), session.runtime.is_main
     names, model = parse_strategies(o.strategies), session.load()
-    measured = read_sensitivity(o.sensitivity, model.fingerprint, o.tp)["sensitivity"]
+    document = read_sensitivity(o.sensitivity, model.fingerprint, o.tp)
+    measured, taus = document["sensitivity"], thresholds(document, o.tau1, o.tau2)
+    if taus == (None, None) and any(BY_CLASS.get(name) for name in names):
+        raise SPDError("Scores give no classes, which b2b and b2b+hg go by; measure sensitivities without --fast.")
     data, described, learnt = session.windows(model), model.describe(), None
     if names != [ZERO_SHOT]:
         learnt = session.calibration(model, o.calibration_text).tokens
@@ -141,7 +152,7 @@ def sweep(session: Session) -> None:
     kept = o.repairs / f"points-{session.question_without('percentages', 'strategies')}.json"
     with session.progress(len(names) * len(plans_by_percentage(measured, o.percentages)), "points") as progress:
         sent = (o.bits, o.bits_plain, o.group)
-        sweep = Sweep(measured, repairer, recipes, o.tau1, o.tau2, session.load, sent)
+        sweep = Sweep(measured, repairer, recipes, *taus, session.load, sent)
         found = sweep.curve(names, o.percentages, evaluate, progress, kept)
     result = {"curve": found, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
     session.publish(result, described, data.describe())

@@ -38,8 +38,15 @@ def ranking(sensitivity: list[float]) -> list[int]:
     return sorted(range(len(sensitivity)), key=sensitivity.__getitem__)
 
 
-def classify(sensitivity: float, tau1: float, tau2: float) -> str:
-    """ISB (in-sensitive), SB (sensitive) or ESB (extremely sensitive)."""
+def thresholds(measured: dict, tau1: float, tau2: float) -> tuple[float | None, float | None]:
+    """Those for a document that `read_sensitivity` gave: none where it holds scores, which are no perplexity points."""
+    return (None, None) if "scores" in measured else (tau1, tau2)
+
+
+def classify(sensitivity: float, tau1: float | None, tau2: float | None) -> str | None:
+    """ISB (in-sensitive), SB (sensitive) or ESB (extremely sensitive); None without thresholds."""
+    if tau1 is None:
+        return None
     return "ISB" if sensitivity <= tau1 else "SB" if sensitivity <= tau2 else "ESB"
 
 
@@ -48,11 +55,11 @@ def zero_shot_plan(sensitivity: list[float], blocks: int) -> Plan:
     return Plan.dropping(len(sensitivity), attention=ranking(sensitivity)[:blocks])
 
 
-def make_plan(sensitivity: list[float], budget: str, tau1: float = TAU1, tau2: float = TAU2) -> dict:
+def make_plan(sensitivity: list[float], budget: str, tau1: float | None = TAU1, tau2: float | None = TAU2) -> dict:
     """Policies, classes and treatments of every block, within a budget (`parse_budget`)."""
     if not sensitivity or not all(math.isfinite(s) for s in sensitivity):
         raise SPDError("The sensitivities are empty or not finite, so blocks cannot be ranked by them.")
-    if not tau1 <= tau2:
+    if tau1 is not None and not tau1 <= tau2:
         raise SPDError(f"tau1 must not exceed tau2, and they are {tau1} and {tau2}.")
     blocks = parse_budget(budget, len(sensitivity))
     plan = zero_shot_plan(sensitivity, blocks)
@@ -61,7 +68,7 @@ def make_plan(sensitivity: list[float], budget: str, tau1: float = TAU1, tau2: f
         "policies": plan.policies(),
         "plan": str(plan),
         "classes": classes,
-        "treatments": [TREATMENTS[c] if i in dropped else KEEP for i, c in enumerate(classes)],
+        "treatments": [TREATMENTS.get(c, "drop") if i in dropped else KEEP for i, c in enumerate(classes)],
         "ranking": ranking(sensitivity),
         "sensitivity": sensitivity,
         "budget": {"blocks": blocks, "percent": 100 * blocks / len(sensitivity)},
@@ -85,12 +92,17 @@ class Sensitivities(BaseModel, strict=True, extra="allow"):
 
     model: MadeFor
     tp: int
-    sensitivity: list[FiniteFloat] = Field(min_length=1)
+    sensitivity: list[FiniteFloat] | None = Field(None, min_length=1)
+    scores: dict[str, dict[str, list[FiniteFloat]]] | None = None  # instead: of each point and policy
     sensitivity_nats: list[FiniteFloat] | None = None
     perplexity_from: list[FiniteFloat] | None = None  # L + 1
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
+        if self.sensitivity is None:
+            self.sensitivity = ((self.scores or {}).get("attention") or {}).get("drop")
+        if not self.sensitivity:
+            raise ValueError("it holds neither sensitivities nor scores of dropping attention syncs")
         blocks = len(self.sensitivity)
         for name, wanted in (("sensitivity_nats", blocks), ("perplexity_from", blocks + 1)):
             found = getattr(self, name)
@@ -100,7 +112,10 @@ class Sensitivities(BaseModel, strict=True, extra="allow"):
 
 
 def read_sensitivity(path: Path, fingerprint: str | None = None, tp: int | None = None) -> dict:
-    """The document that `sensitivity --out` wrote; with `fingerprint` or `tp`, only one made for them."""
+    """The document that `sensitivity --out` wrote; with `fingerprint` or `tp`, only one made for them.
+
+    Where it holds `scores`, its `sensitivity` are those of dropping the attention syncs.
+    """
     try:
         found = Sensitivities.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -1,12 +1,19 @@
-"""How much each block suffers from losing its attention sync (sections 4.2.1 and C.1 of the paper)."""
+"""How much each block suffers from losing its attention sync (sections 4.2.1 and C.1 of the paper).
+
+And, by one gradient, how much each sync point suffers from any policy.
+"""
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from spd.comm import Stream
 from spd.errors import SPDError
 from spd.evaluate import Progress, batches, negative_log_likelihood, silent, summary
-from spd.model import Transformer
-from spd.plan import SPD_BLOCK, TP_BLOCK
+from spd.model import Context, Transformer
+from spd.plan import FULL, POINTS, SPD_BLOCK, TP_BLOCK, Policy
 
 
 def block_evaluations(num_blocks: int) -> int:
@@ -50,3 +57,62 @@ def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = silent)
         "windows": tokens.shape[0],
         "block_evaluations": block_evaluations(blocks),
     }
+
+
+def scores(model: Transformer, tokens: Tensor, policies: Sequence[Policy], progress: Progress = silent) -> dict:
+    """What a policy costs at each sync point, to first order, from one forward and backward pass over windows (W, T).
+
+    A score is the root of the mean over tokens of (g . delta)^2. delta (D,) is the change that the policy makes, on
+    the original's inputs, to a token's stream where everything is next synchronised: one sync point later. g is the
+    gradient there of the loss in nats, summed over predictions. What the last MLP point leaves is flushed: it scores 0.
+
+    Gives `scores` of each point (`attention`, `mlp`), policy and block, `tokens`, `windows`.
+    """
+    points = 2 * len(model.blocks)
+    squares = torch.zeros(len(policies), points, dtype=torch.double)
+    for batch in batches(tokens):
+        squares += _squares(model, batch.to(model.embedding.weight.device), policies)
+        progress(len(batch))
+    found = (squares / tokens.numel()).sqrt()
+    if not found.isfinite().all():
+        raise SPDError("The scores are not finite.")
+    by_point = {
+        point: {policy.name: row[i::2].tolist() for policy, row in zip(policies, found, strict=True)}
+        for i, point in enumerate(POINTS)
+    }
+    predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+    return {"scores": by_point, "tokens": predictions, "windows": tokens.shape[0]}
+
+
+def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy]) -> Tensor:
+    """Sums over tokens of (g . delta)^2, of every policy at every sync point: (policies, 2 L), of windows (B, T)."""
+    shards, produced, synced = model.shards, [], []
+    with torch.enable_grad():
+        stream = model.embed(batch)
+        stream.x.requires_grad_(True)
+        context = model.context(stream)
+        for n in range(2 * len(model.blocks)):
+            produced.append(_produce(model, n, stream, context))
+            stream = shards.sync(produced[-1], FULL, POINTS[n % 2])
+            synced.append(stream.x)
+        loss = F.cross_entropy(
+            model.logits(stream)[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+        )
+        gradients = torch.autograd.grad(loss, synced)
+    squares = torch.zeros(len(policies), len(synced), dtype=torch.double)
+    with torch.no_grad():
+        for n, before in enumerate(produced[:-1]):
+            gradient = shards.all_reduce(gradients[n + 1].clone(), "gradients") / shards.world
+            for row, policy in zip(squares, policies, strict=True):
+                changed = shards.sync(before, policy, POINTS[n % 2])
+                delta = shards.flush(_produce(model, n + 1, changed, context)).x - synced[n + 1]
+                row[n] = (gradient * delta).sum(-1, dtype=torch.double).square().sum()
+    return squares
+
+
+def _produce(model: Transformer, n: int, stream: Stream, context: Context) -> Stream:
+    """The stream with the output of the n-th sublayer pending: a block's attention, its MLP, the next attention."""
+    block, mlp = model.blocks[n // 2], n % 2
+    if mlp:
+        return stream.produce(block.transform(stream), block.mlp.down.bias)
+    return stream.produce(block.attend(stream, context, None), block.attention.out.bias)

@@ -92,6 +92,29 @@ def test_every_command_takes_bits_and_groups(spd, common, tmp_path):
         assert code not in (0, 70) and message in err
 
 
+def test_scores_rank_blocks_without_classes(spd, common, tmp_path):
+    code, result, err = spd(
+        "sensitivity", *common, "--windows", 4, "--fast", "--policies", "drop,int4", "--out", "s.json"
+    )
+    assert code == 0 and result["windows"] == 4 and set(result["scores"]) == {"attention", "mlp"}, err
+    dropping = result["scores"]["attention"]["drop"]
+    assert len(dropping) == len(result["scores"]["mlp"]["int4"]) == 3 and "sensitivity" not in result
+    code, plan, err = spd("plan", "s.json", "--budget", 2, "--out", "plan.json")
+    assert code == 0 and plan["classes"] == [None] * 3 and sorted(plan["treatments"]) == ["drop", "drop", "keep"], err
+    assert [policies[0] for policies in plan["policies"]].index("full") == dropping.index(max(dropping))
+    code, swept, err = spd("sweep", "s.json", *common, "--skip", 4, "--windows", 2, "--percentages", "67")
+    assert code == 0 and swept["curve"][0]["plan"] == plan["plan"], err
+    for options, message in (
+        (["sweep", "s.json", *common, "--strategies", "b2b"], "Scores give no classes"),
+        (["sensitivity", *common, "--fast", "--policies", "mail"], "Unknown policy 'mail'"),
+    ):
+        code, _, err = spd(*options)
+        assert code not in (0, 70) and message in err
+    code, _, err = spd("sensitivity", *common, "--windows", 4, "--fast", "--policies", "int4", "--out", "n.json")
+    code, _, err = spd("plan", "n.json")
+    assert code and "neither sensitivities nor scores of dropping attention syncs" in err
+
+
 def test_bench_takes_bits_and_groups(spd):
     sizes = ["--prompt-len", 8, "--new-tokens", 1, "--repeats", 1]
     asked = ["--shape", "llama-8m", "--tp", 4, "--alone", "--link", "1GBps,2ms", "--drop", "none", "--drop", "all"]

@@ -1,5 +1,7 @@
 """Policies beyond full and drop: what they keep, send and count, whatever hosts the shards."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from spd.comm import Link, Shards, Stream
 from spd.errors import SPDError
 from spd.launch import Runtime, spawn
 from spd.plan import DROP, FULL, GROUP, KEPT, PLAIN, POLICIES
+from spd.sensitivity import scores
 from spd.transport import BLOCK, FIELDS, PROCESS_GROUP, SHARED_MEMORY, Rounded, SharedMemory, packed_bytes
 
 TOKENS = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -151,7 +154,7 @@ def test_cached_decoding_and_single_rows_equal_a_full_pass(variants, name, tp):
 
 
 def logits(runtime: Runtime, folder: str, tp: int) -> dict:
-    """Of every plan: the logits, the collectives, and the gradient of the norm that is first."""
+    """Of every plan the logits, the collectives and the gradient of the norm that is first; scores of the points."""
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(tp)).transformer.double()
     found = {}
     for name in PLANS:
@@ -165,7 +168,7 @@ def logits(runtime: Runtime, folder: str, tp: int) -> dict:
         grad, weight.grad = weight.grad.tolist(), None
         model.shards.take_collectives()
         found[name] = {"logits": values.tolist(), "counted": counted, "grad": grad}
-    return found
+    return {"plans": found, "scores": scores(model, TOKENS[:2], [DROP, KEPT[4]])["scores"]}
 
 
 @pytest.mark.parametrize(
@@ -177,15 +180,17 @@ def test_the_same_on_any_number_of_processes(plain, processes, transport):
     if transport == SHARED_MEMORY and not SharedMemory.works_here():
         pytest.skip("not an x86-64 processor")
     one, several = logits(Runtime(), str(plain), 4), spawn(processes, logits, str(plain), 4, transport=transport)
-    for name, expected in one.items():
-        found = several[name]
+    for name, expected in one["plans"].items():
+        found = several["plans"][name]
         for what in ("logits", "grad"):
             a, b = (torch.tensor(each[what], dtype=torch.float64) for each in (found, expected))
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=f"{name} {what}")
         assert {p: tuple(c) for p, c in found["counted"].items()} == expected["counted"], name
+    for point, policy in itertools.product(("attention", "mlp"), ("drop", "int4")):
+        assert several["scores"][point][policy] == pytest.approx(one["scores"][point][policy], rel=1e-6)
     tokens, width = 2 * 12, 32 // 4
     packed = tokens * 4 * packed_bytes(width, 4)
-    assert one["int4"]["counted"] == {
+    assert one["plans"]["int4"]["counted"] == {
         "attention": (4, 2 * packed), "mlp": (5, 2 * packed + tokens * 32 * 8),
     }  # fmt: skip
 

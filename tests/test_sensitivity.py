@@ -9,10 +9,12 @@ from conftest import SHARED
 from transformers import AutoModelForCausalLM
 
 from spd import Plan, SPDModel
+from spd.comm import Stream
 from spd.data import read_windows
 from spd.errors import SPDError
 from spd.evaluate import perplexity
-from spd.sensitivity import block_evaluations, sensitivity
+from spd.plan import DROP, KEPT, PLAIN
+from spd.sensitivity import block_evaluations, scores, sensitivity
 
 EXPECTED = SHARED / "expected.jsonl"
 CASES = [json.loads(line) for line in EXPECTED.read_text().splitlines()] if EXPECTED.exists() else []
@@ -107,3 +109,51 @@ def test_reference_model_agrees_on_real_text(spd_tiny):
         reference = AutoModelForCausalLM.from_pretrained(spd_tiny, dtype=torch.float32)
         loss = reference(input_ids=tokens, labels=tokens).loss.item()
     assert perplexity(model.transformer, tokens)["nats"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_scores_are_gradients_times_changes(words):
+    """Against the derivative of the loss along the change, by finite differences, one token at a time."""
+    model, tokens = words
+    transformer, tokens = model.transformer.double(), tokens[:2]
+    found = scores(transformer, tokens, [DROP, KEPT[4], PLAIN[3]])
+    for name, letters in (("drop", "D"), ("int4", "4"), ("int3-plain", "t")):
+        assert found["scores"]["mlp"][name][-1] == 0
+        for point, plan in (("attention", f"FF {letters}F FF"), ("mlp", f"F{letters} FF FF")):
+            block = 1 if point == "attention" else 0
+            expected = _directional(transformer, tokens, Plan.from_letters(plan), point, block)
+            assert found["scores"][point][name][block] == pytest.approx(expected, rel=1e-4)
+    assert found["windows"] == 2 and found["tokens"] == 2 * 15
+    assert all(value > 0 for value in found["scores"]["attention"]["drop"])
+
+
+@torch.no_grad()
+def _directional(transformer, tokens, plan, point, block):
+    """Of block 1's output (attention) or its attention's (MLP of block 0): sqrt(mean over tokens of (dL/de)^2)."""
+    shards, streams = transformer.shards, {}
+    for name, each in (("full", Plan.full(3)), ("changed", plan)):
+        stream = transformer.embed(tokens)
+        context = transformer.context(stream)
+        stream = transformer.run_block(0, stream, each.blocks[0], context)
+        if point == "attention":
+            streams[name] = transformer.run_block(1, stream, each.blocks[1], context)
+        else:
+            one = transformer.blocks[1]
+            streams[name] = shards.flush(stream.produce(one.attend(stream, context, None), one.attention.out.bias))
+
+    def loss(x):
+        stream = Stream(x)
+        context = transformer.context(stream)
+        if point == "mlp":
+            one = transformer.blocks[1]
+            stream = shards.flush(stream.produce(one.transform(stream), one.mlp.down.bias))
+        stream = transformer.run_block(2, stream, Plan.full(3).blocks[2], context)
+        logits = transformer.logits(stream)[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
+
+    x, delta, slopes = streams["full"].x, shards.flush(streams["changed"]).x - streams["full"].x, []
+    for row in range(tokens.shape[0]):
+        for token in range(tokens.shape[1]):
+            step = torch.zeros_like(delta)
+            step[row, token] = 1e-6 * delta[row, token]
+            slopes.append((loss(x + step) - loss(x - step)) / 2e-6)
+    return torch.tensor(slopes).square().mean().sqrt().item()
