@@ -53,7 +53,7 @@ def test_dropped_block_is_the_engines(variants, variant, tp):
     with torch.no_grad():
         context = model.context(Stream(x))
         wanted = model.run_block(1, Stream(x), model.plan.blocks[1], context)
-        p = block.attend(Stream(x), context, 1)
+        p = block.attend(Stream(x), context, None)
         y, residual = dropped_block(p, x, block.attention.out.bias, block.mlp_norm, mlp, lambda parts: parts.sum(0))
     assert wanted.pending is None
     torch.testing.assert_close(y + residual, wanted.x, rtol=0, atol=1e-5)
