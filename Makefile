@@ -12,7 +12,7 @@ endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONPATH := .:experiments:paper_figures:$(PYTHONPATH)
 export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
-.PHONY: help env test check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
+.PHONY: help env test fuzz check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
 #:   PYTHON=...       use this interpreter and make no environment
 #:   ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
 #:   TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
@@ -36,6 +36,8 @@ test: $(READY)  ## Run the test suite
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .vllm -r $< && touch $@
 check-vllm: .vllm/.ready  ## Serve exported folders by vLLM itself, on CPUs, beside the engine; MODEL=DIR: that one too
 	HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/.vllm" $(PYTHON) -m pytest -rP tests/vllm_check.py $(ARGS)
+fuzz: $(READY)  ## N=10000 mutated files, as users might give them (FUZZ_FROM=SEED: others), with a tally
+	HF_HUB_OFFLINE=1 FUZZ=$(or $(N),10000) $(PYTHON) -m pytest -qs --tb=short tests/test_fuzz.py $(ARGS)
 lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from scipy.optimize import nnls
 
 from spd.comm import Link
@@ -19,6 +19,7 @@ from spd.errors import SPDError, one_of
 from spd.machines import AllReduce, Costs, Machine, Work, link_all_reduce, ring_bytes, timed_passes
 from spd.plan import Plan
 from spd.pretrained import resolve
+from spd.records import parsed
 from spd.transport import PROCESS_GROUP
 
 SCHEMA = 1
@@ -183,13 +184,8 @@ class _File(BaseModel):
 
 def read(path: Path, tp: int) -> tuple[Machine, AllReduce]:
     """The machine in a file that `spd profile --out` wrote, and its own all-reduce over `tp` processes."""
-    try:
-        found = _File.model_validate_json(path.read_bytes())
-        machine = Machine(found.name, Costs(**found.costs), DTYPES[found.dtype].itemsize)
-    except OSError as error:
-        raise SPDError(f"The calibration at {path} cannot be read ({error.strerror}).") from error
-    except ValidationError:
-        raise SPDError(f"{path} is not a calibration; 'spd profile RECORDS --out {path}' makes one.") from None
+    found = parsed(path, _File, f"is not a calibration; 'spd profile RECORDS --out {path}' makes one")
+    machine = Machine(found.name, Costs(**found.costs), DTYPES[found.dtype].itemsize)
     return machine, fitted_all_reduce(found.all_reduce.latencies, found.all_reduce.ring_byte, tp)
 
 

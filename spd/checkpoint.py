@@ -6,25 +6,28 @@ Only safetensors are read, no pickles and no remote code.
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, Field
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spd.config import ModelConfig, hf_shapes
-from spd.errors import SPDError, in_words
+from spd.errors import SPDError, reading
 from spd.model import Transformer
-from spd.records import write_json
+from spd.records import inside, parsed, regular, write_json
 
 CHUNK_BYTES = 16 * 2**20  # read at once, so that loading needs little beyond the weights themselves
 SAMPLE_BYTES = 64
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are kept in, by safetensors' names
 PICKLES = (  # where a folder holds some: they may run any code when they are opened
     ", and its *.bin files are pickles: where you trust them, transformers makes a folder to give instead, by "
     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) and the same of AutoTokenizer."
@@ -110,7 +113,7 @@ def _parts(config: ModelConfig, tp: int, shard: int, name: str, values: Tensor) 
 class Index(BaseModel):
     """What of `model.safetensors.index.json` is relied upon."""
 
-    weight_map: dict[str, str]
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
 class Checkpoint:
@@ -121,12 +124,9 @@ class Checkpoint:
         self.folder, self.config = folder, ModelConfig.from_folder(folder)
         self.tensors = {}  # name -> safetensors' slice, which reads what it is indexed with
         for file in self._files():
-            try:
-                opened = safe_open(file, "pt")
-            except (OSError, SafetensorError) as error:
-                size = f"{file.stat().st_size:,} bytes"
-                raise SPDError(f"{file} ({size}) is truncated or not a safetensors file: {error}.") from error
-            self.tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            with reading(f"{file} ({file.stat().st_size:,} bytes) is truncated or not a safetensors file"):
+                opened = safe_open(regular(file, math.inf), "pt")
+                self.tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         expected = hf_shapes(self.config)
         embedding, head = (f"{self.config.form.parts[part]}.weight" for part in ("embedding", "head"))
         if self.config.tie_embeddings and head in self.tensors:  # either may stand for both
@@ -138,6 +138,7 @@ class Checkpoint:
             found = tuple(self.tensors[name].get_shape())
             if found != shape:
                 raise SPDError(f"{name} in {folder} has shape {found}, its configuration asks for {shape}.")
+            _check_dtype(name, self.tensors[name].get_dtype(), folder)
 
     def _files(self) -> list[Path]:
         index, single = self.folder / INDEX, self.folder / SINGLE
@@ -148,14 +149,11 @@ class Checkpoint:
             raise SPDError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read{more}"
             )
-        try:
-            names = sorted(set(Index.model_validate_json(index.read_bytes()).weight_map.values()))
-        except ValidationError as error:
-            raise SPDError(f"{index} is not a valid safetensors index ({in_words(error)}).") from None
-        missing = [name for name in names if not (self.folder / name).exists()]
+        names = sorted(set(parsed(index, Index, "is not a valid safetensors index").weight_map.values()))
+        missing = [name for name in names if not os.path.exists(self.folder / name)]  # also of one too long
         if missing:
             raise SPDError(f"{len(missing)} of {len(names)} weight files are missing in {self.folder}: {missing[0]}.")
-        return [self.folder / name for name in names]
+        return [inside(self.folder, name) for name in names]
 
     def fingerprint(self) -> str:
         """16 hex digits from the configuration, names, shapes and a few bytes of every tensor."""
@@ -182,12 +180,24 @@ class Checkpoint:
             yield start - first, tensor[piece, part.start : part.stop] if part.dim == 1 else tensor[piece]
 
 
+def _check_dtype(name: str, dtype: str, place: Path) -> None:
+    if dtype not in FLOATS:
+        raise SPDError(f"{name} in {place} is of type {dtype}; weights are read of {', '.join(FLOATS)}.")
+
+
+def _fill(target: Tensor, values: Tensor, name: str, place: Path) -> None:
+    """Raises SPDError where some of the values are not finite, or not so in the target's dtype."""
+    target.copy_(values)
+    if not all(map(math.isfinite, target.aminmax())):
+        raise SPDError(f"{name} in {place} holds values that are not finite numbers in {target.dtype}.")
+
+
 @torch.no_grad()
 def load_weights(model: Transformer, source: Checkpoint) -> None:
     """Fills the parameters of the hosted shards, converting to their dtype and device."""
     shards = model.shards
     uneven = model.config.padded(shards.tp) != model.config
-    try:
+    with reading(f"The weights in {source.folder} cannot be read"):
         for name, parameter in model.named_parameters():
             if uneven:
                 parameter.zero_()
@@ -195,9 +205,7 @@ def load_weights(model: Transformer, source: Checkpoint) -> None:
             for shard, values in hosted:
                 for part, rows in _parts(model.config, shards.tp, shard, name, values):
                     for start, piece in source.chunks(part):
-                        rows[start : start + len(piece)].copy_(piece)
-    except SafetensorError as error:
-        raise SPDError(f"The weights in {source.folder} cannot be read: {error}.") from error
+                        _fill(rows[start : start + len(piece)], piece, part.name, source.folder)
 
 
 # ---------------------------------------------------------------- random weights
@@ -348,18 +356,17 @@ def load_changed(model: Transformer, path: Path) -> None:
         SPDError: an unreadable file, or tensors that this model and tp do not have.
     """
     shards = model.shards
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            for name in names:
-                if re.fullmatch(r"blocks\.\d+\.attention\.(qkv|out)\.bias", name):  # a repair may have added them
-                    model.blocks[int(name.split(".")[1])].attention.add_biases()
-            parameters = dict(model.named_parameters())
-            for name in names:
-                part, target, sharded = file.get_slice(name), parameters.get(name), name in model.sharded
-                expected = None if target is None else [*([shards.tp] if sharded else []), *target.shape[sharded:]]
-                if part.get_shape() != expected:
-                    raise SPDError(f"{path} does not fit this model and tp={shards.tp}: {name} is {part.get_shape()}.")
-                target.copy_(part[shards.hosted.start : shards.hosted.stop] if sharded else part[:])
-    except (OSError, SafetensorError) as error:
-        raise SPDError(f"The repaired weights {path} cannot be read ({error}).") from error
+    with reading(f"The repaired weights {path} cannot be read"), safe_open(regular(path, math.inf), "pt") as file:
+        names = list(file.keys())
+        for name in names:
+            added = re.fullmatch(r"blocks\.(\d+)\.attention\.(qkv|out)\.bias", name)  # by a repair
+            if added and int(added[1]) < len(model.blocks):
+                model.blocks[int(added[1])].attention.add_biases()
+        parameters = dict(model.named_parameters())
+        for name in names:
+            part, target, sharded = file.get_slice(name), parameters.get(name), name in model.sharded
+            expected = None if target is None else [*([shards.tp] if sharded else []), *target.shape[sharded:]]
+            if part.get_shape() != expected:
+                raise SPDError(f"{path} does not fit this model and tp={shards.tp}: {name} is {part.get_shape()}.")
+            _check_dtype(name, part.get_dtype(), path)
+            _fill(target, part[shards.hosted.start : shards.hosted.stop] if sharded else part[:], name, path)

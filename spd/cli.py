@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from spd.errors import SPDError, one_of
+from spd.errors import SPDError, one_of, reading, short
 from spd.options import (
     CALIBRATION,
     COMMANDS,
@@ -316,7 +316,8 @@ def report(session: Session) -> None:
     from spd.report import report as draw
 
     out = session.options.out or Path("figures")
-    result = draw(session.options.drawn, out)
+    with reading("Some record is not of the form that its command writes"):
+        result = draw(session.options.drawn, out)
     print((out / "tables.md").read_text(), file=sys.stderr)
     session.publish(result, files=[Path(file) for file in result["files"]])
 
@@ -365,5 +366,5 @@ def chosen(only: Command | None):
 def fail(sentence: str, code: int) -> NoReturn:
     from spd.launch import environment_rank, leave, say
 
-    say(f"rank {environment_rank()}: {sentence}" if environment_rank() else sentence)
+    say(short(f"rank {environment_rank()}: {sentence}" if environment_rank() else sentence))
     leave(code)

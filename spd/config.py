@@ -3,14 +3,16 @@
 import math
 from dataclasses import field, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import ConfigDict, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers import LlamaConfig, MistralConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from spd.errors import SPDError, in_words, one_of
+from spd.errors import SPDError, in_words, one_of, reading
+from spd.records import parsed
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the length seen
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # bytes: `.itemsize`
@@ -89,25 +91,29 @@ FAMILIES = {  # by transformers' model_type
 POSITIONS_OFFSET = 2  # rows of a table of learned positions before that of the first token
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True))
+Count = Annotated[PositiveInt, Field(le=2**16)]  # of what a list is made for each
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 class ModelConfig:
     """A decoder's shape. Letters as in the docstrings of `model.py`."""
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt  # D
     intermediate_size: PositiveInt  # width of the MLP
-    num_blocks: PositiveInt  # L
+    num_blocks: Count  # L
     num_heads: PositiveInt  # H, query heads
     num_kv_heads: PositiveInt  # K, key/value heads
-    head_dim: PositiveInt
+    head_dim: Count
     max_positions: PositiveInt
     norm_eps: PositiveFloat = 1e-5
     rope: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
+    pad_token_id: TokenId | None = None
     family: str = "llama"
     sliding_window: PositiveInt | None = None  # tokens; `max_positions` is no more, so that it never slides
 
@@ -225,10 +231,8 @@ class ModelConfig:
             )
         form = FAMILIES[kind]
         invalid = f"The model's config.json is not a valid {form.label} configuration"
-        try:
+        with reading(invalid):  # transformers validates with several exception types
             hf = form.hf(**{key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")})
-        except Exception as error:  # transformers validates with several exception types
-            raise SPDError(f"{invalid}: {' '.join(str(error).split())}") from error
         _check_form(form, hf)
         found = {ours: getattr(hf, theirs) for ours, theirs in _names(form).items() if hasattr(hf, theirs)}
         found = {"num_kv_heads": hf.num_attention_heads, "head_dim": None} | found | form.fixed
@@ -239,7 +243,7 @@ class ModelConfig:
         if not form.learned_positions:
             found["rope"] = dict(hf.rope_parameters)
         try:
-            return cls(
+            config = cls(
                 **found,
                 eos_token_ids=tuple([] if eos is None else eos if isinstance(eos, list) else [eos]),
                 pad_token_id=hf.pad_token_id,
@@ -247,18 +251,16 @@ class ModelConfig:
             )
         except ValidationError as error:
             raise SPDError(f"{invalid}: {in_words(error, HF_NAMES | form.names)}.") from None
+        with reading(f"{invalid}: its RoPE parameters give no frequencies"):
+            frequencies, factor = config.rotary_frequencies()
+            if not math.isfinite(factor) or not frequencies.isfinite().all():
+                raise ValueError("they are not finite")
+        return config
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
-        path = folder / "config.json"
-        try:
-            return cls.from_hf(TypeAdapter(dict).validate_json(path.read_bytes()))
-        except FileNotFoundError:
-            raise SPDError(f"{folder} holds no config.json, so it is not a Hugging Face model folder.") from None
-        except OSError as error:
-            raise SPDError(f"{path} cannot be read ({error.strerror}).") from error
-        except ValidationError as error:
-            raise SPDError(f"{path} is not valid JSON for a model ({in_words(error)}).") from None
+        missing = f"{folder} holds no config.json, so it is not a Hugging Face model folder."
+        return cls.from_hf(parsed(folder / "config.json", dict, "is not valid JSON for a model", missing))
 
 
 def _part(count: int, tp: int, shard: int) -> range:

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spd.comm import Stream
+from spd.errors import SPDError
 from spd.launch import Replicas
 from spd.model import Transformer
+from spd.plan import Plan
 
 TOKENS_AT_ONCE = 1024  # in a forward pass: a small model's stay in cache, and one window of a large model's fills a GPU
+LARGEST_NATS = 709.0  # whose exponential a float holds
 Progress = Callable[..., None]  # told how many units of work were done, and numbers to show by name
 
 
@@ -32,6 +35,22 @@ def negative_log_likelihood(model: Transformer, stream: Stream, tokens: Tensor) 
 
 
 @torch.no_grad()
+def not_finite(model: Transformer, tokens: Tensor, valid: Tensor | None = None, plan: Plan | None = None) -> SPDError:
+    """The mistake to raise where logits of tokens (B, T) are not finite: it names the first block whose output is."""
+    stream, plan, place = model.embed(tokens, valid=valid), plan or model.plan, "the last block"
+    context = model.context(stream, valid=valid)
+    for i, policies in enumerate((None, *plan.blocks)):
+        stream = stream if policies is None else model.run_block(i - 1, stream, policies, context)
+        if not model.shards.flush(stream).x.isfinite().all():
+            place = f"block {i - 1}" if i else "the embedding"
+            break
+    return SPDError(
+        f"The logits are not finite, first after {place}: values became too large for {stream.x.dtype}, or are no "
+        "numbers; another dtype or plan may do."
+    )
+
+
+@torch.no_grad()
 def perplexity(
     model: Transformer, tokens: Tensor, progress: Progress = silent, replicas: Replicas | None = None
 ) -> dict:
@@ -48,14 +67,18 @@ def perplexity(
         for i, policies in enumerate(model.plan.blocks):
             stream = model.run_block(i, stream, policies, context)
         progress(len(batch) * replicas.count)
-        return negative_log_likelihood(model, stream, batch)
+        found = negative_log_likelihood(model, stream, batch)
+        if not math.isfinite(found):
+            raise not_finite(model, batch)
+        return found
 
     total = sum(replicas.share(list(batches(tokens)), nats))
     return summary(total, predictions) | {"tokens": predictions, "windows": tokens.shape[0]}
 
 
 def summary(total_nats: float, predictions: int) -> dict:
-    """`perplexity` and `nats` of a sum of negative log-likelihoods; a loss too large for exp gives None."""
+    """`perplexity` and `nats` of a sum of negative log-likelihoods."""
     nats = total_nats / predictions
-    finite = math.isfinite(nats)
-    return {"perplexity": math.exp(nats) if finite and nats < 700 else None, "nats": nats if finite else None}
+    if nats > LARGEST_NATS:
+        raise SPDError(f"The loss is {nats:.4g} nats a token, so that the perplexity is too large to be a number.")
+    return {"perplexity": math.exp(nats), "nats": nats}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spd.errors import SPDError
+from spd.evaluate import not_finite
 from spd.model import Transformer
 
 
@@ -73,7 +74,7 @@ def generate(
     if max_new_tokens < 1:
         raise SPDError(f"At least 1 new token must be asked for, not {max_new_tokens}.")
     device, config = model.embedding.weight.device, model.config
-    tokens, valid = pad_left(prompts, device)
+    prompt, valid = tokens, valid = pad_left(prompts, device)
     capacity = tokens.shape[1] + max_new_tokens
     config.validate_length(capacity)
     if capacity > config.max_positions:
@@ -88,6 +89,8 @@ def generate(
     new = []
     for _ in range(max_new_tokens):
         logits = model(tokens, cache, valid, last_only=True)[:, -1]
+        if not logits.isfinite().all():
+            raise not_finite(model, torch.cat((prompt, *new), 1), valid)
         tokens = choose(logits, sampling, generator)[:, None]
         new.append(tokens)
         finished |= torch.isin(tokens[:, 0], ends)

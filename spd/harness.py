@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from spd.errors import SPDError
+from spd.evaluate import not_finite
 from spd.generate import Sampling, generate, pad_left
 from spd.launch import Replicas, bar, runtime
 from spd.model import KVCache, Transformer
@@ -60,6 +61,8 @@ def score(model: Transformer, batch: list[Question], rows_at_once: int) -> dict[
         more, also = _rest(model, cache, valid, owners[part], [rows[i][1] for i in part])
         total[part] += more
         greedy[part] &= also
+    if not total.isfinite().all():
+        raise not_finite(model, contexts, valid)
     scores = zip(total.tolist(), greedy.tolist(), strict=True)
     return {(batch[owner][0], c): found for (owner, c), found in zip(rows, scores, strict=True)}
 
@@ -127,7 +130,7 @@ class SpdLM(TemplateLM):
         """Token ids; BOS is the tokenizer's affair, but a text that begins with one gets no second."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return self.model.known(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}

@@ -4,20 +4,22 @@ In an experiment's YAML the values of `common` are every command's defaults, tho
 """
 
 import argparse
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spd.errors import SPDError, one_of
+from spd.errors import SPDError, one_of, reading, short
+from spd.records import regular
 
 
 class Parser(argparse.ArgumentParser):
     """A wrong word ends as one sentence."""
 
     def error(self, message: str):
-        self.exit(2, f"{message[0].upper()}{message[1:]}; see '{self.prog} --help'.\n")
+        self.exit(2, short(f"{message[0].upper()}{message[1:]}; see '{self.prog} --help'.") + "\n")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Option:
     def read(self, value: Any, place: str) -> Any:
         """A value of an experiment, as if it were given. Raises SPDError saying at which place it is wrong."""
         if isinstance(value, bool) != (self.type is bool) or not isinstance(value, bool | int | float | str):
-            raise SPDError(f"{place}: {value!r} is not a value of this option.")
+            raise SPDError(f"{place}: {reprlib.repr(value)} is not a value of this option.")
         try:
             found = value if self.type is bool else self.type(str(value))
         except (argparse.ArgumentTypeError, ValueError) as error:
@@ -221,12 +223,8 @@ def read_experiment(path: Path) -> dict[str, dict[str, Any]]:
     """The sections of an experiment: `common`, one a command, and those of scripts that lie beside it."""
     import yaml
 
-    try:
-        sections = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise SPDError(f"The experiment {path} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SPDError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
+    with reading(f"{path} cannot be read as YAML"):
+        sections = yaml.safe_load(regular(path).read_text(encoding="utf-8")) or {}
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise SPDError(f"{path} is not an experiment: it needs sections of options, as 'common'.")
     for name in sections:

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from spd.errors import SPDError, in_words, one_of
+from spd.errors import SPDError, one_of
+from spd.records import parsed
 from spd.transport import FIELDS, packed_bytes
 
 POINTS = ("attention", "mlp")  # the sync points of a block, in the order they are reached
@@ -185,17 +186,8 @@ def read_plan(
 ) -> PlanFile:
     """A plan file, or the one in the folder that `distill` made; only one made for this model, where that is given."""
     path = path / "plan.json" if path.is_dir() else path
-    try:
-        found = PlanFile.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise SPDError(f"There is no plan at {path}.") from None
-    except OSError as error:
-        raise SPDError(f"The plan at {path} cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
-        raise SPDError(
-            f"{path} is not a plan file, which has 'policies' (two a block), 'model.fingerprint' and 'tp': "
-            f"{in_words(error)}."
-        ) from None
+    wrong = "is not a plan file, which has 'policies' (two a block), 'model.fingerprint' and 'tp'"
+    found = parsed(path, PlanFile, wrong, f"There is no plan at {path}.")
     if num_blocks not in (None, len(found.plan)):
         raise SPDError(f"The plan at {path} has {len(found.plan)} blocks, the model {num_blocks}.")
     found.plan.check_groups(found.tp)

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from spd.errors import SPDError
 from spd.plan import MadeFor, Plan
+from spd.records import parsed
 
 # What algorithm 1 does to a dropped block of each class, and to a block that keeps its sync.
 TREATMENTS = {"ISB": "drop", "SB": "distill, drop", "ESB": "group heads, distill, drop"}
@@ -116,14 +117,7 @@ def read_sensitivity(path: Path, fingerprint: str | None = None, tp: int | None 
 
     Where it holds `scores`, its `sensitivity` are those of dropping the attention syncs.
     """
-    try:
-        found = Sensitivities.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise SPDError(f"The sensitivities at {path} cannot be read ({error.strerror}).") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join(map(str, (*first["loc"], first["msg"].removeprefix("Value error, "))))
-        raise SPDError(f"{path} was not written by the sensitivity command (--out): {reason}.") from None
+    found = parsed(path, Sensitivities, "was not written by the sensitivity command (--out)")
     if fingerprint not in (None, found.model.fingerprint):
         raise SPDError(
             f"{path} was made for {found.model.name} ({found.model.fingerprint}), not for model {fingerprint}."

@@ -26,13 +26,13 @@ from spd.checkpoint import (
 )
 from spd.comm import Shards
 from spd.config import DTYPES, ModelConfig, hf_shapes
-from spd.errors import SPDError
+from spd.errors import SPDError, reading
 from spd.generate import Sampling, generate
 from spd.launch import cache_folder, say
 from spd.model import Transformer
 from spd.plan import Plan, read_plan
-from spd.records import write_json, write_whole
-from spd.repairs import RESULT
+from spd.records import inside, parsed, regular, write_json, write_whole
+from spd.repairs import RESULT, read_json
 from spd.tiny import MODEL_DIR
 from spd.vllm import unservable
 
@@ -127,18 +127,18 @@ def _dequantise(file: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM  # imported here: a second, for this alone
 
     source = {"pretrained_model_name_or_path": str(file.resolve().parent), "gguf_file": file.name}
-    try:
-        description = AutoConfig.from_pretrained(**source).to_dict()
-        config = ModelConfig.from_hf(description)
-        model, loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except ImportError as error:
-        raise SPDError(f"{file} is read by the package gguf, which is not here: pip install gguf==0.19.0.") from error
-    except SPDError:
-        raise
-    except Exception as error:  # of a damaged file whatever numpy, gguf and transformers stumble over
-        reason = " ".join(str(error).split())[:200]
-        raise SPDError(f"{file} is damaged or no GGUF file of a model that is supported: {reason}") from error
+    with reading(f"{file} is damaged or no GGUF file of a model that is supported"):
+        try:
+            description = AutoConfig.from_pretrained(**source).to_dict()
+            config = ModelConfig.from_hf(description)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+        except ImportError as error:
+            raise SPDError(
+                f"{file} is read by the package gguf, which is not here: pip install gguf==0.19.0."
+            ) from error
     held = model.state_dict()
     missing = sorted(loaded["missing_keys"])
     if missing:
@@ -209,6 +209,15 @@ class SPDModel:
             raise SPDError(f"{self.name} has no tokenizer.")
         return load_tokenizer(self.folder)
 
+    def known(self, ids: list[int]) -> list[int]:
+        """Token ids of the tokenizer, which may have more than the model."""
+        if max(ids, default=0) >= self.config.vocab_size:
+            raise SPDError(
+                f"The tokenizer of {self.folder} gives the token id {max(ids)}, and the model knows ids below "
+                f"{self.config.vocab_size}: tokenizer and weights do not belong together."
+            )
+        return ids
+
     @property
     def config(self) -> ModelConfig:
         return self.transformer.config
@@ -231,16 +240,15 @@ class SPDModel:
         """Takes the plan at `path`; with a folder that `distill` made, also the weights repaired for it."""
         found = read_plan(path, self.fingerprint, self.tp, self.config.num_blocks)
         for name in found.changed:
-            load_changed(self.transformer, (path if path.is_dir() else path.parent) / name)
-        self.plan, result = found.plan, path / RESULT
-        self.repair = json.loads(result.read_text()) if result.is_file() else None
+            load_changed(self.transformer, inside(path if path.is_dir() else path.parent, name))
+        self.plan, self.repair = found.plan, read_json(path / RESULT)
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None
     ) -> list[list[int]]:
         """Token ids, prompt included, of every prompt's continuation; `tokenizer.decode` makes them text."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        ids = [self.known(self.tokenizer(prompt)["input_ids"]) for prompt in prompts]
         return generate(self.transformer, ids, max_new_tokens, sampling or Sampling())
 
     def save_pretrained(self, folder: Path, is_main: bool = True) -> dict:
@@ -334,12 +342,14 @@ def display_name(model: str | Path) -> str:
 
 def mark_of(folder: Path) -> dict | None:
     path = folder / MARK
-    return json.loads(path.read_text()) if path.exists() else None
+    return parsed(path, dict, "does not say which weights are random") if path.exists() else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # "longer than the model's ..."
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types here
-        raise SPDError(f"{folder} holds no tokenizer that can be loaded ({type(error).__name__}).") from error
+    with reading(f"{folder} holds no tokenizer that can be loaded"):
+        for file in filter(Path.exists, (file for pattern in COPIED for file in folder.glob(pattern))):
+            regular(file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # some of what is wrong shows only here
+        return tokenizer

@@ -1,4 +1,4 @@
-"""One self-describing JSON record a run, and the one way in which files are written.
+"""One self-describing JSON record a run, and the one way in which files are opened and written.
 
 The record on disk is the truth: it is written whole or not at all, and everything else (MLflow, tables, figures) is
 a function of it.
@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,15 +18,17 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError
 
 from spd import __version__
-from spd.errors import SPDError
+from spd.errors import SPDError, in_words
 
 SCHEMA = 1
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "mlflow", "lm-eval")
+LARGEST = 2**26  # bytes of a file that describes something: a configuration, an index, a plan, a record
+T = TypeVar("T")
 
 # ---------------------------------------------------------------- records
 
@@ -127,8 +130,9 @@ def files_of(paths: Iterable[Path | str]) -> list[Path]:
 
 def read_record(path: Path) -> dict:
     try:
-        record = json.loads(path.read_bytes(), parse_constant=_refuse)
+        record = json.loads(regular(path).read_text(encoding="utf-8"), parse_constant=_refuse)
         Record.model_validate(record)
+        json.dumps(record, ensure_ascii=False).encode()  # half a character can be written in JSON, and nowhere else
         return record
     except OSError as error:
         raise SPDError(f"Cannot read record {path}: {error.strerror or error}.") from error
@@ -137,7 +141,7 @@ def read_record(path: Path) -> dict:
         name = ".".join(map(str, first["loc"]))
         reason = f"it has no {name}" if first["type"] == "missing" else f"{name}: {first['msg']}"
         raise SPDError(f"{path} is not a record: {reason}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SPDError(f"Record {path} is not strict JSON: {error}.") from error
 
 
@@ -146,6 +150,48 @@ def _refuse(constant: str) -> None:
 
 
 # ---------------------------------------------------------------- files
+
+
+def regular(path: Path, largest: float = LARGEST) -> Path:
+    """The path of a file that can be read to its end: not a folder, not a pipe that waits for ever, not too large.
+
+    Raises OSError where nothing is there, SPDError otherwise.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise SPDError(f"{path} cannot be read: it is a {'folder' if path.is_dir() else 'pipe or device'}, not a file.")
+    if found.st_size > largest:
+        raise SPDError(f"{path} has {found.st_size:,} bytes, more than the {largest:,} that such a file may have.")
+    return path
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file that an index or plan in a folder names, by a path and links that stay in the folder.
+
+    In the hub's cache links lead from snapshots to blobs.
+    """
+    try:
+        home, path = folder.resolve(), (folder / name).resolve()
+        homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+        if ".." in Path(name).parts or not any(map(path.is_relative_to, homes)):
+            raise SPDError(f"The file {name}, which {folder} names, does not lie in it and is not opened.")
+        return regular(folder / name, math.inf)
+    except (OSError, ValueError, RuntimeError) as error:  # the last: links that go round
+        raise SPDError(f"The file {name}, which {folder} names, cannot be read ({error}).") from error
+
+
+def parsed(path: Path, form: type[T], wrong: str, missing: str | None = None) -> T:
+    """What a JSON file from outside holds, as pydantic reads a `form`.
+
+    Raises SPDError: `missing` where there is no such file, and what is `wrong` with one of another form.
+    """
+    try:
+        return TypeAdapter(form).validate_json(regular(path).read_bytes())
+    except OSError as error:
+        absent = missing if isinstance(error, FileNotFoundError) else None
+        raise SPDError(absent or f"{path} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise SPDError(f"{path} {wrong}: {in_words(error)}.") from None
 
 
 def write_json(path: Path | str, document: Any) -> None:
@@ -160,7 +206,7 @@ def write_json(path: Path | str, document: Any) -> None:
         text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise SPDError(f"{path} was not written: {error}.") from error
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (text + "\n").encode(errors="replace"))  # half a character, of a file's name
 
 
 def _leaves(document: Any, place: str = "") -> Iterator[tuple[str, Any]]:

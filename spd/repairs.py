@@ -9,19 +9,32 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spd.checkpoint import load_changed
 from spd.comm import Shards
-from spd.errors import SPDError
+from spd.errors import SPDError, reading
 from spd.model import Transformer
-from spd.records import write_json, write_whole
+from spd.records import T, inside, parsed, write_json, write_whole
 
 PROGRESS, PLAN, RESULT = "progress.json", "plan.json", "result.json"  # the last is there when all else is
 BLOCKS = "blocks"  # folder of the blocks' files
+
+
+class State(BaseModel, strict=True, extra="allow"):
+    """What of `progress.json`, or of the `plan.json` of an ended repair, is relied upon."""
+
+    arguments: dict
+    seconds: FiniteFloat = 0.0
+    stages: dict[str, dict] = {}
+    files: dict[str, str] = {}
+    epoch: int | None = None
+    changed: list[Annotated[str, Field(pattern=r"^blocks/\d+\.\d+\.safetensors$")]] = []
 
 
 class Repairs:
@@ -37,16 +50,16 @@ class Repairs:
         now = json.loads(json.dumps(arguments))
         self.state = {"arguments": now, "seconds": 0.0, "stages": {}, "files": {}, "epoch": None}
         self.result = read_json(folder / RESULT)
-        earlier = read_json(folder / (PROGRESS if self.result is None else PLAN))
+        earlier = read_json(folder / (PROGRESS if self.result is None else PLAN), State)
         if earlier is not None:
-            before = earlier.get("arguments") or {}
+            before = earlier.arguments
             if before != now:
                 names = [name for name in now if before.get(name) != now[name]]
                 raise SPDError(
                     f"{folder} holds another run's work ({', '.join(names) or 'other arguments'} differ); "
                     "give an empty folder, or the same arguments to go on with it."
                 )
-            self.state |= earlier
+            self.state |= earlier.model_dump()
         self.started = time.monotonic() - self.state["seconds"]  # as if earlier runs had ended just now
         shards.align()  # nobody writes before all have read
 
@@ -58,7 +71,7 @@ class Repairs:
     def restore(self, model: Transformer, block: int) -> None:
         """Loads the newest finished weights of a block, if any changed."""
         if str(block) in self.state["files"]:
-            load_changed(model, self.folder / self.state["files"][str(block)])
+            load_changed(model, inside(self.folder, self.state["files"][str(block)]))
 
     def finish(self, stage: str, note: dict, changed: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
         """Writes a stage's changed tensors, block by block, and then in one step that it is done."""
@@ -68,7 +81,7 @@ class Repairs:
                 earlier = files.get(str(block))
                 files[str(block)] = f"{BLOCKS}/{block}.{len(self.notes)}.safetensors"  # never that of an earlier stage
                 if self.is_main:
-                    kept = load_file(self.folder / earlier) if earlier else {}
+                    kept = load_file(inside(self.folder, earlier)) if earlier else {}
                     write_whole(self.folder / files[str(block)], partial(save_file, kept | tensors))
         self.notes[stage] = note
         self.state |= {"epoch": None, "seconds": time.monotonic() - self.started}
@@ -88,7 +101,8 @@ class Repairs:
     def load_epoch(self) -> dict | None:
         """The last state kept of a training by as many processes, or None."""
         path = self._epoch_file(self.state["epoch"])
-        return torch.load(path, weights_only=True) if path.exists() else None
+        with reading(f"{path} cannot be read; remove it to start the stage anew"):
+            return torch.load(path, weights_only=True) if path.exists() else None
 
     def _epoch_file(self, epoch: int | None) -> Path:
         return self.folder / BLOCKS / f"epoch-{epoch}.{self.shards.rank}-of-{self.shards.world}.pt"
@@ -108,18 +122,12 @@ class Repairs:
 
 def changed_files(folder: Path) -> dict[int, Path]:
     """The file of each block that an ended repair changed."""
-    files = [folder / name for name in read_json(folder / PLAN)["changed"]]
+    files = [inside(folder, name) for name in parsed(folder / PLAN, State, "is not the plan of a repair").changed]
     return {int(file.name.split(".")[0]): file for file in files}
 
 
-def read_json(path: Path) -> dict | None:
-    """The object in a file; None where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
+def read_json(path: Path, form: type[T] = dict) -> T | None:
+    """What a file of a repair holds, as pydantic reads a `form`; None where there is none."""
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise SPDError(f"{path} cannot be read ({error}); remove it to start anew.") from error
-    if not isinstance(found, dict):
-        raise SPDError(f"{path} does not hold what is kept there; remove it to start anew.")
-    return found
+    return parsed(path, form, "does not hold what is kept there (remove it to start anew)")

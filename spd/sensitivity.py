@@ -3,6 +3,7 @@
 And, by one gradient, how much each sync point suffers from any policy.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from spd.comm import Stream
 from spd.errors import SPDError
-from spd.evaluate import Progress, batches, negative_log_likelihood, silent, summary
+from spd.evaluate import Progress, batches, negative_log_likelihood, not_finite, silent, summary
 from spd.model import Context, Transformer
-from spd.plan import FULL, POINTS, SPD_BLOCK, TP_BLOCK, Policy
+from spd.plan import FULL, POINTS, SPD_BLOCK, TP_BLOCK, Plan, Policy
 
 
 def block_evaluations(num_blocks: int) -> int:
@@ -41,14 +42,16 @@ def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = silent)
             stream = prefix
             for j in range(i, blocks):
                 stream = model.run_block(j, stream, SPD_BLOCK, context)
-            totals[i] += negative_log_likelihood(model, stream, batch)
+            found = negative_log_likelihood(model, stream, batch)
+            if not math.isfinite(found):
+                reason = not_finite(model, batch, plan=Plan.dropping(blocks, range(i, blocks)))
+                raise SPDError(f"The perplexity with SPD from block {i} on is not finite. {reason}")
+            totals[i] += found
             if i < blocks:
                 prefix = model.run_block(i, prefix, TP_BLOCK, context)
         progress(len(batch))
     scores = [summary(total, predictions) for total in totals]
     curve, nats = [s["perplexity"] for s in scores], [s["nats"] for s in scores]
-    if None in curve:
-        raise SPDError(f"The perplexity with SPD from block {curve.index(None)} on is not finite.")
     return {
         "perplexity_from": curve,
         "sensitivity": [curve[i] - curve[i + 1] for i in range(blocks)],

@@ -5,6 +5,8 @@ Nothing heavy is imported here before it is needed: a question that was answered
 
 import hashlib
 import json
+import math
+import os
 import sys
 from argparse import Namespace
 from datetime import UTC, datetime
@@ -90,6 +92,7 @@ class Session:
         model.config.validate_length(seq_len)
         skip = o.skip if skip is None else skip
         found = read_windows(text, model.tokenizer, seq_len, windows or o.windows, skip, positions)
+        model.known(found.tokens.flatten().tolist())
         if found.note and self.runtime.is_main:
             say(f"warning: {found.note}")
         return found
@@ -183,16 +186,18 @@ def _content(value: Any) -> Any:
     """Of an option's value: a file's or folder's digest instead of its name."""
     if isinstance(value, list):
         return [_content(part) for part in value]
-    if isinstance(value, str | Path) and str(value) and Path(value).exists():
+    if isinstance(value, str | Path) and os.path.exists(value):  # a prompt may be longer than a name can be
         return digest_of_path(Path(value))
     return str(value) if isinstance(value, Path) else value
 
 
 def digest_of_path(path: Path) -> str:
     """Of a file's content, or of those of a folder; of large files size and samples."""
+    from spd.records import regular
+
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
-        size = file.stat().st_size
+        size = regular(file, math.inf).stat().st_size
         step, read = (size // SAMPLES, SAMPLE_BYTES) if size > READ_WHOLE else (READ_WHOLE, READ_WHOLE)
         digest.update(f"{file.name} {size} ".encode() if path.is_dir() else b"")
         with file.open("rb") as stream:

@@ -115,7 +115,7 @@ class Sweep:
         """
         plans = plans_by_percentage(self.sensitivity, percentages).values()
         repaired = [(name, plan, self.files(name, plan)) for name in recipes for plan in plans]
-        scores = (read_json(kept) if kept else None) or {}
+        scores = (read_json(kept, dict[str, dict]) if kept else None) or {}
         points, model, loaded = [], None, frozenset()
         for name, plan, files in repaired:
             same = " ".join([str(plan), *sorted("/".join(file.parts[-3:]) for file in files)])

@@ -18,10 +18,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from pydantic import TypeAdapter, ValidationError
 from scipy.stats import binomtest
 
-from spd.errors import SPDError, one_of
+from spd.errors import SPDError, one_of, reading
 from spd.harness import SpdLM
 from spd.plan import Plan
 from spd.pretrained import SPDModel
+from spd.records import regular
 from spd.tiny import tasks as tiny
 
 HARNESS = Path(lm_eval.tasks.__file__).parent
@@ -39,6 +40,7 @@ KNOWN = (*PAPER, MMLU, *tiny.TASKS)
 # hellaswag's local rows are already what its `process_docs` makes of the hub's.
 LOCAL = {"hellaswag": {"process_docs": None, "doc_to_target": "gold"}}
 
+LARGEST = 2**30  # bytes of a file of rows
 Rows = list[dict]
 Answers = dict[str, dict[str, list[float]]]  # part of a task -> metric -> whether right (1 or 0), question by question
 
@@ -119,18 +121,17 @@ def _build(config: dict, source: Path | str, splits: dict[str, Rows] | None = No
         config = config | used | {"custom_dataset": made, "dataset_path": "json"}
         if "dev" not in splits:
             config["fewshot_split"] = None
-    try:
-        return ConfigurableTask(config=dict(config))
-    except Exception as error:  # whatever the hub, the file system or a template raises
-        if splits is None:
-            raise SPDError(
-                f"The rows of {source} are not in the local cache and the hub does not give them "
-                f"({type(error).__name__}); give files of them with --tasks-dir."
-            ) from error
-        raise SPDError(
-            f"The rows of {source} are not of the form that lm-eval's task {config['task']} reads "
-            f"({type(error).__name__}: {' '.join(str(error).split())})."
-        ) from error
+    wrong = f"The rows of {source} are not of the form that lm-eval's task {config['task']} reads"
+    if splits is None:
+        wrong = f"The rows of {source} are not in the local cache and the hub does not give them (--tasks-dir: files)"
+    with reading(wrong):  # whatever the hub, the file system or a template raises
+        task = ConfigurableTask(config=dict(config))
+        for row in task.eval_docs if splits is not None else ():
+            parts = [task.doc_to_text(row), task.doc_to_target(row)]
+            parts += task.doc_to_choice(row) if task.OUTPUT_TYPE == "multiple_choice" else []
+            if not all(isinstance(part, str | int) for part in parts):
+                raise ValueError(f"{str(parts)[:80]} are not text")
+        return task
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -144,11 +145,11 @@ def _file(folder: Path, name: str) -> Path:
 def read_rows(path: Path) -> Rows:
     """The objects of a file of JSON lines; of one that is none, the mistake tells the number of the line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # alone: a string may hold other ends of lines
+        text = regular(path, LARGEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SPDError(f"The rows {path} cannot be read ({type(error).__name__}).") from error
     rows, an_object = [], TypeAdapter(dict)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # alone: a string may hold other ends of lines
         try:
             if line.strip():
                 rows.append(an_object.validate_json(line))
