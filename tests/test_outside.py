@@ -8,6 +8,7 @@ import torch
 from conftest import hf_config
 from safetensors.torch import load_file, save_file
 
+import spd.cli  # noqa: F401  # it declares the commands
 from spd import Plan, SPDModel
 from spd.checkpoint import load_changed
 from spd.config import ModelConfig
@@ -15,7 +16,9 @@ from spd.data import read_windows
 from spd.errors import LONGEST, SPDError, short
 from spd.evaluate import perplexity
 from spd.generate import Sampling, generate
+from spd.options import COMMANDS
 from spd.records import inside, parsed, regular
+from spd.session import Session
 
 NORM = "model.layers.1.input_layernorm.weight"
 
@@ -120,6 +123,17 @@ def test_rope_parameters_give_frequencies(wrong):
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0} | wrong
     with pytest.raises(SPDError, match="not a valid LLaMA configuration"):
         ModelConfig.from_hf(hf_config().to_dict() | {"rope_parameters": rope})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nested"])
+def test_an_out_that_holds_no_answer_is_asked_anew(tmp_path, kind):
+    out = tmp_path / "out.json"
+    if kind == "pipe":
+        os.mkfifo(out)
+    else:
+        out.write_text("[" * 100_000)
+    options = COMMANDS["plan"].parse(["s.json", "--out", str(out)])
+    assert Session(COMMANDS["plan"], options).answer() is None
 
 
 def test_a_message_is_one_line_that_keeps_its_beginning_and_end():
