@@ -1,6 +1,6 @@
 """Processes: the group, devices, threads, copies of the model, what they tell the reader.
 
-The only reader of environment variables.
+The only reader of environment variables; on GPUs memory is to have no holes, and NCCL to keep its last calls.
 """
 
 import json
@@ -103,7 +103,7 @@ def environment_rank() -> int:
 
 def nccl_settings() -> dict[str, str]:
     """Settings that decide how GPUs talk to each other."""
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(("NCCL_", "TORCH_"))}
 
 
 def environment(**defaults: str) -> dict[str, str]:
@@ -129,9 +129,8 @@ def runtime(device: str = "cpu") -> Iterator[Runtime]:
         yield Runtime(device=_device(device, 0))
         return
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    on_gpu = device == "cuda"
-    where = torch.device(chosen) if on_gpu else None
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=where)
+    backend, where = ("nccl", torch.device(chosen)) if device == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=where)
     yield Runtime(rank, world, chosen)
     dist.destroy_process_group()  # on a clean end alone: NCCL would wait here for processes that never come
 
@@ -147,6 +146,7 @@ def leave(code: int) -> NoReturn:
 def _device(device: str, local_rank: int) -> str:
     if device == "cpu":
         return device
+    os.environ |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"} | os.environ
     found = torch.cuda.device_count()
     if found <= local_rank:
         raise SPDError(f"Process {local_rank} of this machine needs a GPU of its own, and {found} are visible.")

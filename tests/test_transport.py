@@ -1,11 +1,13 @@
 """Memory that processes share against gloo: the same collectives, whatever the size, and in any number."""
 
+import os
+
 import pytest
 import torch
 
 from spd.bench import chosen_transport
 from spd.errors import SPDError
-from spd.launch import Runtime, spawn
+from spd.launch import Runtime, nccl_settings, runtime, spawn
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, ProcessGroup, SharedMemory, Transport
 
 needs_ordered_writes = pytest.mark.skipif(not SharedMemory.works_here(), reason="not an x86-64 processor")
@@ -89,3 +91,14 @@ def test_the_transport_is_chosen_and_refused_in_words(monkeypatch):
     assert chosen_transport(None) == PROCESS_GROUP
     with pytest.raises(SPDError, match="^Shared memory joins processes that spd itself starts"):
         chosen_transport(SHARED_MEMORY)
+
+
+def test_gpu_defaults_give_way_to_the_environment(monkeypatch):
+    """Memory in segments that grow, NCCL's flight recorder on; what is set already stays, and the record says it."""
+    monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": "mine", "NCCL_P2P_DISABLE": "1"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    with runtime("cuda") as here:
+        assert here.device == "cuda:0"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "mine"
+    assert nccl_settings() == {"NCCL_P2P_DISABLE": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
