@@ -402,5 +402,5 @@ def test_points_alike_are_evaluated_once_and_all_are_listed(folder, tmp_path):
     assert points[1]["perplexity"] == points[5]["perplexity"] and points[2]["perplexity"] != points[6]["perplexity"]
     assert sweep.curve(["b2b", "zs"], None, None, kept=tmp_path / "points.json") == [*points[4:8], *points[:4]]
     (tmp_path / "points.json").write_text("[]")
-    with pytest.raises(SPDError, match="points.json does not hold .* remove it"):
+    with pytest.raises(SPDError, match="points.json does not hold .*remove it"):
         sweep.curve(["zs"], None, evaluate, kept=tmp_path / "points.json")
