@@ -1,31 +1,44 @@
 """Fitting the latency model to measurements, and checking it on others.
 
 Predicted time is linear in the unit costs, so they are fitted by least squares of the relative error, none negative:
-five costs of computation (`Costs`), one all-reduce latency a degree and one cost of a byte moved by the ring.
+five costs of computation (`Costs`), one all-reduce latency a degree and one cost of a byte moved by the ring. Tables
+made by others (CSV) calibrate as well: decoding, operators of a block, all-reduces by size.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
 from scipy.optimize import nnls
 
 from spd.comm import Link
 from spd.config import DTYPES, ModelConfig, named_shape
 from spd.errors import SPDError, one_of
-from spd.machines import AllReduce, Costs, Machine, Work, link_all_reduce, ring_bytes, timed_passes
+from spd.machines import (
+    ATTENTION,
+    Machine,
+    OperatorTable,
+    Pass,
+    Work,
+    gpu,
+    left_out_errors,
+    link_all_reduce,
+    read_profile,
+    ring_bytes,
+    tabled_shape,
+    timed_passes,
+)
 from spd.plan import Plan
 from spd.pretrained import resolve
-from spd.records import parsed
 from spd.transport import PROCESS_GROUP
 
 SCHEMA = 1
 SILENT = "no communication"
 SAME_RUN = ("model", "tp", "link", "batch", "prompt_len", "time")
 LATENCY, RING_BYTE = "latency", "ring_byte"  # what a collective costs: so much each, and for a byte that the ring moves
+STEP, COMPUTED = "step", "computed"  # so much for each further GPU; what a run computes, as one cost of its own
+SPENT = (LATENCY, STEP, RING_BYTE)
 
 
 Unit = str | tuple  # a kind of `Work`, or a kind of what collectives cost with its link (and degree)
@@ -167,32 +180,118 @@ def _machine_of(record: Mapping) -> tuple[str, str, str]:
     return name, result["dtype"], "" if gpus else f"tp={result['tp']}, {result.get('transport') or PROCESS_GROUP}"
 
 
-class _RealAllReduce(BaseModel):
-    latencies: dict[int, float]
-    ring_byte: float
+# ---------------------------------------------------------------- tables made by others
 
 
-class _File(BaseModel):
-    """What of `profile`'s document is relied upon."""
+def profile_tables(paths: Sequence[Path]) -> dict:
+    """The document of `spd profile` for CSV tables: what each gives, by its columns; errors are those of the last."""
+    import pandas as pd
 
-    spd_calibration: Literal[SCHEMA]
-    name: str
-    dtype: Literal[tuple(DTYPES)]
-    costs: dict[Literal[Work._fields], float]
-    all_reduce: _RealAllReduce
+    found = {"spd_calibration": SCHEMA, "name": ", ".join(path.stem for path in paths), "dtype": "float16", "links": {}}
+    for path in paths:
+        try:
+            table = pd.read_csv(path)
+        except (OSError, ValueError) as error:
+            raise SPDError(f"The table {path} cannot be read ({' '.join(str(error).split())}).") from None
+        make, columns = next((pair for pair in TABLES.items() if pair[1] <= set(table)), (None, set()))
+        if make is None:
+            known = "; ".join(", ".join(sorted(columns)) for columns in TABLES.values())
+            raise SPDError(f"{path} is no table to calibrate on, which has the columns of one of these: {known}.")
+        wrong = [c for c in sorted(columns - TEXTS) if not (pd.to_numeric(table[c], "coerce") >= (c not in ZERO)).all()]
+        if wrong or table.empty:
+            raise SPDError(f"{path} is no table to calibrate on: {wrong[0] if wrong else 'a row'} is missing or wrong.")
+        made = make(table.to_dict("records"), path.stem)
+        if COMPUTES & found.keys() and COMPUTES & made.keys():
+            raise SPDError(f"{path} says what computing takes a second time; give one such table.")
+        found |= made | {"links": found["links"] | made.get("links", {})}
+    return found
 
 
-def read(path: Path, tp: int) -> tuple[Machine, AllReduce]:
-    """The machine in a file that `spd profile --out` wrote, and its own all-reduce over `tp` processes."""
-    found = parsed(path, _File, f"is not a calibration; 'spd profile RECORDS --out {path}' makes one")
-    machine = Machine(found.name, Costs(**found.costs), DTYPES[found.dtype].itemsize)
-    return machine, fitted_all_reduce(found.all_reduce.latencies, found.all_reduce.ring_byte, tp)
+def decoded(row: Mapping) -> Observation:
+    """Seconds of a token of a whole batch, and the mean work of one: prefill and decoding over the new tokens."""
+    config, tp, new = named_shape(row["model"]), row["tp"], row["new_tokens"]
+    syncs, label = row["syncs_per_block"] * config.num_blocks, {key: row[key] for key in (*SAME_RUN[:-1], "new_tokens")}
+    work, spent = Work(), dict.fromkeys(((unit, row["link"]) for unit in SPENT), 0.0)
+    passes = timed_passes(config, tp, row["batch"], row["prompt_len"], new, 2)
+    for a_pass, share in zip(passes.values(), (1 / new, 1 - 1 / new), strict=True):
+        work += a_pass.work() * share
+        for n, payload in a_pass.collectives(syncs):
+            for unit, cost in zip(spent, (1, tp - 1, ring_bytes(payload, tp)), strict=True):
+                spent[unit] += share * n * cost
+    plan = {2: "all full", 1: "one sync a block", 0: "no sync"}[row["syncs_per_block"]]
+    counts = work._asdict() | (spent if syncs and tp > 1 else {})
+    return Observation(label | {"time": "run", "plan": plan}, counts, row["batch"] / row["tokens_per_s"])
 
 
-def fitted_all_reduce(latencies: Mapping[int, float], ring_byte: float, tp: int) -> AllReduce:
-    """One latency (seconds) a degree, one cost (seconds) of a byte that the ring moves."""
-    if tp > 1 and tp not in latencies:
-        known = ", ".join(map(str, sorted(latencies))) or "none"
-        raise SPDError(f"The calibration has no all-reduce over tp={tp}; degrees calibrated: {known}.")
-    latency = latencies[tp] if tp > 1 else 0.0  # and the ring moves nothing
-    return AllReduce("calibrated", lambda payload: latency + ring_bytes(payload, tp) * ring_byte)
+def fit_decoding(observations: Sequence[Observation]) -> Calibration:
+    """All-reduces first, beside whatever each run computes, and then the costs of that: neither bends for the other."""
+    cells, runs = {}, []
+    for o in observations:
+        cell = (COMPUTED, *(o.label[key] for key in ("model", "tp", "batch", "prompt_len", "new_tokens")))
+        cells[cell] = {unit: o.counts[unit] for unit in Work._fields}
+        spent = {unit: n for unit, n in o.counts.items() if unit not in Work._fields}
+        runs.append(Observation(o.label, spent | {cell: 1}, o.seconds))
+    first = fit(runs)
+    second = fit([Observation({}, counts, first[cell]) for cell, counts in cells.items()])
+    return second | {unit: cost for unit, cost in first.items() if unit[0] in SPENT}
+
+
+def profile_decoding(rows: Sequence[Mapping], name: str) -> dict:
+    """Costs and links fitted to all rows; errors there, and of each tp and batch predicted from all others."""
+    observed = [decoded(row) for row in rows]
+    calibration, left_out = fit_decoding(observed), []
+    for cell in dict.fromkeys((o.label["tp"], o.label["batch"]) for o in observed):
+        kept = [o for o in observed if (o.label["tp"], o.label["batch"]) != cell]
+        found = fit_decoding(kept) if kept else {}
+        left_out += errors(found, [o for o in observed if o not in kept and o.counts.keys() <= found.keys()])
+    links = {row["link"]: {unit: calibration.get((unit, row["link"]), 0.0) for unit in SPENT} for row in rows}
+    found = {"fitted": errors(calibration, observed), "left_out": left_out}
+    return {
+        "costs": {kind: calibration[kind] for kind in Work._fields},
+        "links": links,
+        "syncs_measured": sorted({row["syncs_per_block"] for row in rows}),
+        **_summary(found),
+        "speedup_points": {use: worst_points(some) for use, some in found.items()},
+    }
+
+
+def _summary(rows: Mapping[str, Sequence[Mapping]]) -> dict:
+    median = {use: float(np.median([abs(r["error"]) for r in some])) if some else None for use, some in rows.items()}
+    return {"errors": rows, "median_error": median, "worst_error": {use: worst(some) for use, some in rows.items()}}
+
+
+def profile_operators(rows: Sequence[Mapping], name: str) -> dict:
+    """The table itself, exact on its own rows; errors of whole blocks, one degree left out at a time."""
+    left_out = []
+    for tp in dict.fromkeys(row["tp"] for row in rows):
+        table = OperatorTable([row for row in rows if row["tp"] != tp])
+        machine = Machine(name, gpu("a100").costs, table=table)
+        for row in (row for row in rows if row["tp"] == tp and row["model"] in table.models()):
+            block = Pass(tabled_shape(row["model"]), tp, tokens=row["tokens"]).block()
+            timed = [(machine.seconds(o, tp), 1e-6 * row[f"{o.name}_us"]) for o in block if o.kind != ATTENTION]
+            predicted, measured = map(sum, zip(*timed, strict=True))
+            label = {key: row[key] for key in ("model", "tp", "tokens")}
+            left_out.append(label | {"measured_ms": 1e3 * measured, "error": predicted / measured - 1})
+    return {"operators": list(rows), **_summary({"left_out": left_out})}
+
+
+def profile_all_reduces(rows: Sequence[Mapping], name: str) -> dict:
+    """Tables by link and number of GPUs; errors of each size left out."""
+    tables, left_out = {}, []
+    for row in rows:
+        table = tables.setdefault(row.get("link", name), {}).setdefault(row["devices"], {})
+        table[float(row["bytes"])] = 1e-6 * row["us"]
+    for link, devices, table in ((link, n, table) for link, found in tables.items() for n, table in found.items()):
+        if len(table) < 3:
+            raise SPDError(f"All-reduces of {link} over {devices} GPUs have {len(table)} sizes; it takes 3 or more.")
+        for size, error in zip(sorted(table), left_out_errors(*zip(*sorted(table.items()), strict=True)), strict=True):
+            left_out.append({"link": link, "devices": devices, "bytes": size, "error": error})
+    return {"links": {link: {"tables": found} for link, found in tables.items()}, **_summary({"left_out": left_out})}
+
+
+TABLES = {  # what makes something of a table, and the columns that it takes
+    profile_decoding: {*SAME_RUN[:-1], "new_tokens", "syncs_per_block", "tokens_per_s"},
+    profile_operators: set(read_profile("layer_ops_a100")[0]),
+    profile_all_reduces: {"devices", "bytes", "us"},
+}
+TEXTS, ZERO, COMPUTES = {"model", "link", "device"}, {"syncs_per_block"}, {"costs", "operators"}

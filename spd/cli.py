@@ -271,7 +271,8 @@ def bench(session: Session) -> None:
     option("--nodes", "Nodes they are on: which measured all-reduce counts; left out: the link's, or 1.", at_least(1)),
     option("--percent", "Percentages of blocks that drop their attention sync.", percentages, "70"),
     option("--launch-us", "Host time an operator waits for; 0 under CUDA graphs.", at_least(0, float), 0.0),
-    option("--calibration", "A machine that 'profile' calibrated, not a GPU.", Path),
+    option("--machine", "A machine that 'profile' calibrated, not a GPU.", Path),
+    option("--calibration", "The same.", Path),
     *PROMPT,
 )
 def predict(session: Session) -> None:
@@ -287,25 +288,29 @@ def predict(session: Session) -> None:
     o = session.options
     if o.link == "help":
         return session.publish({"links": preset_errors()})
-    same = ("nodes", "link", "calibration", "batch", "prompt_len", "new_tokens", "launch_us")
-    result, config = ask(o.shape, o.percent, o.tp, gpu_name=o.gpu, **{name: getattr(o, name) for name in same})
+    same = {name: getattr(o, name) for name in ("nodes", "link", "batch", "prompt_len", "new_tokens", "launch_us")}
+    result, config = ask(o.shape, o.percent, o.tp, gpu_name=o.gpu, calibration=o.machine or o.calibration, **same)
     session.publish(result, describe(config, o.shape, f"shape-{o.shape}"))
 
 
 @command(
-    option("benches", "Records of 'bench', or folders of them.", Path, nargs="+", metavar="RECORDS"),
+    option("benches", "Records of 'bench', or folders of them; or CSV tables.", Path, nargs="+", metavar="TABLE"),
     option("--check", "Records to predict, not to fit; again.", Path, [], action="append"),
     option("--statistic", "Time of a plan's repetitions: median, or min.", default="median"),
 )
 def profile(session: Session) -> None:
-    """Calibrate the latency model on measurements of this machine, for 'predict --calibration'.
+    """Calibrate the latency model on measurements of a machine, for 'predict --machine'.
 
-    The records should differ in shape, prompt, batch and link; the errors on those to --check are in the result.
+    The records should differ in shape, prompt, batch and link; the errors on those to --check are in the result. CSV
+    tables are all-reduces (devices,bytes,us), decoding, or operators, as in spd/profiles.
     """
     from spd.calibrate import profile as calibrate
+    from spd.calibrate import profile_tables
     from spd.records import load_records
 
     o = session.options
+    if all(path.suffix == ".csv" for path in o.benches):
+        return session.publish(profile_tables(o.benches))
     fitted, checked = ([r for r in load_records(paths) if r["command"] == "bench"] for paths in (o.benches, o.check))
     session.publish(calibrate(fitted, checked, o.statistic))
 

@@ -5,34 +5,44 @@ all-reduce a sync point that is kept, and one all-gather of the logits. Nothing 
 nothing but its all-reduce.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from spd.calibrate import read
+import numpy as np
+from pydantic import BaseModel
+
+from spd.calibrate import SCHEMA
 from spd.comm import Link
-from spd.config import ModelConfig, named_shape
+from spd.config import DTYPES, ModelConfig, named_shape
 from spd.errors import SPDError
 from spd.machines import (
     KINDS,
     AllReduce,
+    Costs,
     Machine,
+    OperatorTable,
     Pass,
     gpu,
     link_all_reduce,
     measured_all_reduce,
     preset_all_reduce,
     presets,
+    ring_bytes,
+    scaled_all_reduce,
     timed_passes,
 )
 from spd.plan import Plan
 from spd.planner import blocks_of
+from spd.records import parsed
 
 TIMES = ("ttft", "tpot")
 DEFAULT_GPU = "a100"
 COMPARED = ("percent", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup")
 TABLE = "Operator times of an A100 table; for other GPUs its efficiencies at their data sheet's peaks."
 CALIBRATION = "Unit costs of the calibration; no operator table."
+BETWEEN = "One sync a block was not measured there: it is predicted between two syncs and none."
 ASSUMPTIONS = [
     "The attention core is counted from FLOPs and bytes at the output projection's efficiency.",
     "Nothing overlaps; a dropped sync point saves its all-reduce and nothing else.",
@@ -142,30 +152,36 @@ def ask(
     """The document of `spd predict`, with what was assumed, and the shape. `prompt`: sizes of a `Prediction`.
 
     Of several percentages the document is the last one's; `percentages` has TTFT, TPOT, reduction and speedup of all.
-    The machine is a named GPU (a100 if none is named) or a calibration. Its all-reduce is the link given (beside a
-    calibration's own: emulated after it, as `bench --link` does, where it has no name), else NCCL's measured table,
-    else the calibration's.
+    The machine is a named GPU (a100 if none is named) or a calibration. Its all-reduce is the link given (without a
+    name, emulated after a calibration's own, as `bench --link` does), else the calibration's, else NCCL's table.
     """
     config = named_shape(shape)
     config.validate_tp(tp)
     if tp % (nodes or 1):
         raise SPDError(f"tp={tp} cannot be spread evenly over {nodes} nodes.")
-    if calibration is not None and gpu_name is not None:
-        raise SPDError("A calibration is a machine already; give either --gpu or --calibration.")
-    over = None if link is None else all_reduce_over(link, tp, nodes)
-    if calibration is None:
-        machine = gpu(gpu_name or DEFAULT_GPU, 1e-6 * launch_us)
-        all_reduce = over or measured_all_reduce(machine.name, tp, nodes or 1)
+    found = None if calibration is None else read(calibration)
+    own_machine = found and found.machine()
+    if own_machine and gpu_name is not None:
+        raise SPDError("A calibration is a machine already; give either --gpu or --machine.")
+    machine = own_machine or gpu(gpu_name or DEFAULT_GPU, 1e-6 * launch_us)
+    labels = {} if found is None else found.links
+    over = None if link is None or link in labels else all_reduce_over(link, tp, nodes, labels)
+    own = found and found.own(tp, link)
+    if over and own and link not in presets():
+        all_reduce = followed_by(own, over)
+    elif labels and not (over or own):
+        raise SPDError(f"{calibration} has several links; say which with --link: {', '.join(labels)}.")
     else:
-        machine, own = read(calibration, tp)
-        all_reduce = over if link in presets() else own if over is None else followed_by(own, over)
+        all_reduce = over or own or measured_all_reduce(machine.name, tp, nodes or 1)
     prediction = Prediction(config, machine, all_reduce, tp, **prompt)
     results = [predict(prediction, one) for one in (percent if isinstance(percent, list) else [percent])]
     result = results[-1]
     if len(results) > 1:
         result["percentages"] = [{key: one[key] for key in COMPARED} for one in results]
     note = config.padding_note(tp)
-    assumed = [TABLE if calibration is None else CALIBRATION, *ASSUMPTIONS, *([note] if note else [])]
+    assumed = [CALIBRATION if machine.table is None else TABLE, *ASSUMPTIONS, *([note] if note else [])]
+    if found and found.syncs_measured and 1 not in found.syncs_measured:
+        assumed.append(BETWEEN)
     if (nodes or 1) > 1 and over is not None:
         assumed.append(f"The link is the slowest hop of one ring over all GPUs: that between the {nodes} nodes.")
     asked = {"shape": shape, "machine": machine.name, "nodes": nodes or all_reduce.nodes, "link": all_reduce.name}
@@ -173,14 +189,68 @@ def ask(
     return result | asked | {"assumptions": assumed}, config
 
 
-def all_reduce_over(link: str, tp: int, nodes: int | None = None) -> AllReduce:
-    """Of a link's name, or of its slowest hop and latency as in `10GBps,20us`."""
+def all_reduce_over(link: str, tp: int, nodes: int | None = None, labels: Iterable[str] = ()) -> AllReduce:
+    """Of a link's name (`labels`: what else would be one), or of its slowest hop and latency as in `10GBps,20us`."""
     if "," in link:
         return link_all_reduce(Link.parse(link), tp)
     if link in presets():
         return preset_all_reduce(link, tp, nodes)
-    known = ", ".join(presets())
+    known = ", ".join([*labels, *presets()])
     raise SPDError(f"'{link}' is not a link; give BANDWIDTH,LATENCY as in '10GBps,20us', or one of {known}.")
+
+
+class _Link(BaseModel):
+    latencies: dict[int, float] | None = None  # seconds, by degree
+    latency: float = 0.0  # or for all degrees, and
+    step: float = 0.0  # for a further GPU
+    ring_byte: float = 0.0
+    tables: dict[int, dict[float, float]] = {}  # or seconds by bytes, by number of GPUs
+
+    def all_reduce(self, name: str, tp: int) -> AllReduce:
+        if self.tables and tp > 1:
+            devices = min(self.tables, key=lambda one: abs(np.log(one / tp)))
+            return scaled_all_reduce(name, devices, tuple(zip(*sorted(self.tables[devices].items()), strict=True)), tp)
+        latencies = {tp: self.latency + self.step * (tp - 1)} if self.latencies is None else self.latencies
+        return fitted_all_reduce(latencies, self.ring_byte, tp, name)
+
+
+class MachineFile(BaseModel):
+    """What of `profile`'s document is relied upon."""
+
+    spd_calibration: Literal[SCHEMA]
+    name: str
+    dtype: Literal[tuple(DTYPES)]
+    costs: dict[Literal[Costs._fields], float] | None = None
+    operators: list[dict] | None = None
+    all_reduce: _Link | None = None  # of bench's records
+    links: dict[str, _Link] = {}  # of tables
+    syncs_measured: list[int] = []
+
+    def machine(self) -> Machine | None:
+        """None where only all-reduces were measured."""
+        if self.operators:
+            return Machine(self.operators[0]["device"], gpu(DEFAULT_GPU).costs, table=OperatorTable(self.operators))
+        return self.costs and Machine(self.name, Costs(**self.costs), DTYPES[self.dtype].itemsize)
+
+    def own(self, tp: int, link: str | None = None) -> AllReduce | None:
+        """Its all-reduce over the link of that label, else that of bench's records."""
+        if link in self.links:
+            return self.links[link].all_reduce(link, tp)
+        return self.all_reduce and self.all_reduce.all_reduce("calibrated", tp)
+
+
+def read(path: Path) -> MachineFile:
+    """What `spd profile --out` wrote."""
+    return parsed(path, MachineFile, f"is not a calibration; 'spd profile RECORDS --out {path}' makes one")
+
+
+def fitted_all_reduce(latencies: dict[int, float], ring_byte: float, tp: int, name: str = "calibrated") -> AllReduce:
+    """One latency (seconds) a degree, one cost (seconds) of a byte that the ring moves."""
+    if tp > 1 and tp not in latencies:
+        known = ", ".join(map(str, sorted(latencies))) or "none"
+        raise SPDError(f"The calibration has no all-reduce over tp={tp}; degrees calibrated: {known}.")
+    latency = latencies[tp] if tp > 1 else 0.0  # and the ring moves nothing
+    return AllReduce(name, lambda payload: latency + ring_bytes(payload, tp) * ring_byte)
 
 
 def followed_by(real: AllReduce, emulated: AllReduce) -> AllReduce:

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from spd.comm import Link
-from spd.config import SHAPES, ModelConfig
+from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError, one_of
 
 PROFILES = Path(__file__).parent / "profiles"
@@ -169,11 +169,11 @@ class Machine:
     costs: Costs
     element_size: int = 2  # bytes
     launch: float = 0.0  # seconds an operator
-    tabled: bool = False  # whether operators take the A100 table's efficiencies
+    table: "OperatorTable | None" = None  # whose efficiencies its operators take
 
     def seconds(self, operator: Operator, tp: int) -> float:
         """On the device, launch left out."""
-        return operator.work.seconds(self.costs) / (efficiency(operator, tp) if self.tabled else 1)
+        return operator.work.seconds(self.costs) / (efficiency(self.table, operator, tp) if self.table else 1)
 
 
 @cache
@@ -192,10 +192,10 @@ def gpu_row(name: str) -> dict[str, str]:
 @cache
 def gpu(name: str, launch: float = 0.0) -> Machine:
     """A named GPU at its data sheet's peaks; no kernel is shorter than the shortest in the operator table."""
-    row, table = gpu_row(name), read_profile("layer_ops_a100")
+    row, table = gpu_row(name), a100_operators()
     byte = 1 / float(row["memory_bytes_per_second"])
-    shortest = min(float(r[key]) for r in table for key in r if key.endswith("_us"))
-    return Machine(name, Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte), 2, launch, True)
+    shortest = min(float(r[key]) for r in table.rows for key in r if key.endswith("_us"))
+    return Machine(name, Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte), 2, launch, table)
 
 
 def gpu_memory(name: str) -> float:
@@ -209,33 +209,52 @@ def gpu_flops(name: str, dtype: str) -> float:
     return float(gpu_row(name)[unit]) / (2 if dtype == "float64" else 1)
 
 
+@dataclass(frozen=True, eq=False)
+class OperatorTable:
+    """Measured microseconds of a block's operators: rows with `model`, `tp`, `tokens` and `NAME_us`."""
+
+    rows: Sequence[dict[str, str]]
+
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(row["model"] for row in self.rows))
+
+
 @cache
-def efficiency(operator: Operator, tp: int) -> float:
-    """Time at an A100's peaks over measured time of an operator, from the table of models, tps and numbers of tokens.
+def a100_operators() -> OperatorTable:
+    return OperatorTable(read_profile("layer_ops_a100"))
+
+
+@cache
+def efficiency(table: OperatorTable, operator: Operator, tp: int) -> float:
+    """Time at an A100's peaks over measured time of an operator, from a table of models, tps and numbers of tokens.
 
     Interpolated in the logarithms of tokens, tp and the operator's time at the peaks; constant beyond the table.
     """
-    name, sizes, values = STAND_INS.get(operator.name, operator.name), [], []
-    for model, shape in TABLE_MODELS.items():
-        tps, tokens, table = _tabled_efficiencies(model, name)
-        values.append(interpolate(tp, tps, [interpolate(operator.tokens, tokens, row) for row in table]))
-        sizes.append(_peak_seconds(shape, tp, operator.tokens, name))
-    return interpolate(operator.work.seconds(gpu("a100").costs), sizes, values)
+    name, found = STAND_INS.get(operator.name, operator.name), []
+    for model in table.models():
+        tps, tokens, rows = _tabled_efficiencies(table, model, name)
+        value = interpolate(tp, tps, [interpolate(operator.tokens, tokens, row) for row in rows])
+        found.append((_peak_seconds(model, tp, operator.tokens, name), value))
+    return interpolate(operator.work.seconds(gpu("a100").costs), *zip(*sorted(found), strict=True))
 
 
 @cache
-def _tabled_efficiencies(model: str, name: str) -> tuple[list[int], list[int], list[list[float]]]:
+def _tabled_efficiencies(table: OperatorTable, model: str, name: str) -> tuple[list, list, list[list[float]]]:
     """Degrees and numbers of tokens, ascending, and a row a degree, a column a number of tokens."""
-    rows = [row for row in read_profile("layer_ops_a100") if row["model"] == model]
+    rows = [row for row in table.rows if row["model"] == model]
     measured = {(int(row["tp"]), int(row["tokens"])): 1e-6 * float(row[f"{name}_us"]) for row in rows}
     tps, tokens = (sorted(set(of)) for of in zip(*measured, strict=True))
-    shape = TABLE_MODELS[model]
-    return tps, tokens, [[_peak_seconds(shape, t, n, name) / measured[t, n] for n in tokens] for t in tps]
+    return tps, tokens, [[_peak_seconds(model, t, n, name) / measured[t, n] for n in tokens] for t in tps]
 
 
-def _peak_seconds(shape: str, tp: int, tokens: int, name: str) -> float:
-    operators = Pass(SHAPES[shape], tp, tokens=tokens).operators()
+def _peak_seconds(model: str, tp: int, tokens: int, name: str) -> float:
+    operators = Pass(tabled_shape(model), tp, tokens=tokens).operators()
     return next(one.work.seconds(gpu("a100").costs) for one, _ in operators if one.name == name)
+
+
+def tabled_shape(model: str) -> ModelConfig:
+    """Of a table's name for a model."""
+    return named_shape(TABLE_MODELS.get(model, model))
 
 
 def interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -342,10 +361,17 @@ def preset_all_reduce(name: str, tp: int, nodes: int | None = None) -> AllReduce
     row = min(rows, key=lambda one: abs(np.log(int(one["devices"]) / tp)))
     if nodes not in (None, int(row["nodes"])):
         raise SPDError(f"The link {name} was measured on {row['nodes']} node(s), so --nodes {nodes} is not what it is.")
-    seconds = as_curve(*preset_table(name, row["devices"]))
-    scale = ring_bytes(1, tp) / ring_bytes(1, int(row["devices"]))
-    told = f"{name}: {row['all_reduce']} on {row['system']}" + (f", read for {tp}" if scale != 1 else "")
-    return AllReduce(told, lambda payload: seconds(scale * payload), int(row["nodes"]))
+    told = f"{name}: {row['all_reduce']} on {row['system']}"
+    return scaled_all_reduce(told, int(row["devices"]), preset_table(name, row["devices"]), tp, int(row["nodes"]))
+
+
+def scaled_all_reduce(
+    name: str, devices: int, table: tuple[Sequence[float], Sequence[float]], tp: int, nodes: int = 1
+) -> AllReduce:
+    """A table (bytes, seconds) of some number of GPUs for `tp`, read where its ring moves as many bytes."""
+    seconds, scale = as_curve(*table), ring_bytes(1, tp) / ring_bytes(1, devices)
+    told = name if scale == 1 else f"{name}, read for {tp}"
+    return AllReduce(told, lambda payload: seconds(scale * payload), nodes)
 
 
 def preset_errors() -> list[dict]:

@@ -26,10 +26,8 @@ from predict_paper import (
 
 from spd.calibrate import (
     fit,
-    fitted_all_reduce,
     observations_of,
     profile,
-    read,
     speedups,
     worst,
     worst_points,
@@ -37,7 +35,7 @@ from spd.calibrate import (
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import Prediction, ask, followed_by, predict, syncs_at
+from spd.latency import Prediction, ask, fitted_all_reduce, followed_by, predict, read, syncs_at
 from spd.machines import (
     TABLE_MODELS,
     Costs,
@@ -273,7 +271,6 @@ def test_an_answer_has_the_keys_scripts_rely_on_and_is_strict_json():
         ({"gpu_name": "h100"}, "--link"),
         ({"tp": 8, "nodes": 4}, "tp=8 on 1 node, "),
         ({"prompt_len": 4090}, "4096 positions"),
-        ({"calibration": "nowhere.json", "gpu_name": "a100"}, "either --gpu or --calibration"),
     ],
 )
 def test_mistakes_are_answered_in_words(options, words):
@@ -421,7 +418,9 @@ def test_several_percentages_are_compared_and_the_last_is_the_answer():
 def test_a_written_calibration_predicts_as_the_machine_that_made_it(tmp_path):
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(profile(grid(links=(None,)))))
-    machine, own = read(path, 2)
+    machine, own = read(path).machine(), read(path).own(2)
+    with pytest.raises(SPDError, match="either --gpu or --machine"):
+        ask("llama-125m", 50, 2, calibration=path, gpu_name="a100")
     assert machine.element_size == 4 and own(0) == pytest.approx(1e-3, rel=1e-3)
     result, _ = ask("llama-125m", 50, 2, calibration=path, link="10GBps,200us", prompt_len=64)
     made = bench_record(link="10GBps,200us")["result"]["plans"][0]
@@ -472,7 +471,7 @@ def test_calibrations_refuse_what_does_not_belong_together(tmp_path):
     for text in ("{}", "no JSON", '{"spd_calibration": 1}'):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(SPDError, match="is not a calibration"):
-            read(tmp_path / "c.json", 2)
+            read(tmp_path / "c.json")
     with pytest.raises(SPDError, match="degrees calibrated: 2"):
         fitted_all_reduce({2: 1e-3}, 0, 4)
     with pytest.raises(SPDError, match="no measurements"):
