@@ -5,6 +5,7 @@ rank 0 of 1, with the same requests; where several copies of the model run, they
 """
 
 import atexit
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,10 +62,11 @@ def score(model: Transformer, batch: list[Question], rows_at_once: int) -> dict[
         more, also = _rest(model, cache, valid, owners[part], [rows[i][1] for i in part])
         total[part] += more
         greedy[part] &= also
-    if not total.isfinite().all():
+    found = total.tolist()
+    if not all(map(math.isfinite, found)):
         raise not_finite(model, contexts, valid)
-    scores = zip(total.tolist(), greedy.tolist(), strict=True)
-    return {(batch[owner][0], c): found for (owner, c), found in zip(rows, scores, strict=True)}
+    scores = zip(found, greedy.tolist(), strict=True)
+    return {(batch[owner][0], c): score for (owner, c), score in zip(rows, scores, strict=True)}
 
 
 def _rest(model: Transformer, cache: KVCache, valid: Tensor | None, owners: Tensor, rows: list[Tokens]):

@@ -100,7 +100,9 @@ def balanced_assignment(cost: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         prices[s] = 0
         others = np.delete(cost + prices, s, axis=1).min(1, initial=np.inf)
         prices[s] = np.partition(others - cost[:, s], -counts[s])[-counts[s]]
-    shard = (cost + prices).argmin(1)
+    turns = (np.arange(things)[:, None] + np.arange(shards)) % shards  # things that are alike take turns
+    best = np.take_along_axis(cost + prices, turns, 1).argmin(1)
+    shard = turns[np.arange(things), best]
     toll = 1e-12 * max(float(np.abs(cost).max()), np.finfo(float).tiny)  # lest rounding make a circle of steps a gain
     movers, steps = np.zeros((shards, shards), dtype=int), np.full((shards, shards), np.inf)
     changed = range(shards)

@@ -145,6 +145,16 @@ def test_impossible_assignments_are_refused():
         balanced_assignment(np.full((4, 2), np.nan), [2, 2])
 
 
+def test_things_that_are_alike_take_turns():
+    """Of neurons that never fire, whose costs are all the same, none has to be moved one at a time."""
+    cost = np.random.default_rng(0).random((4000, 8))
+    cost[::2] = 0
+    shard = balanced_assignment(cost, 8 * [500])
+    assert np.bincount(shard).tolist() == 8 * [500]
+    alone = balanced_assignment(np.zeros((8000, 8)), 8 * [1000])
+    assert np.array_equal(alone, np.arange(8000) % 8)
+
+
 @pytest.mark.parametrize("config", [PLAIN, BIASED])
 def test_placement_cost_is_the_error_one_neuron_causes(config):
     """A neuron alone in the MLP, on the shard in question: the whole block's output error is its cost."""
