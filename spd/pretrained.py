@@ -34,7 +34,7 @@ from spd.plan import Plan, read_plan
 from spd.records import inside, parsed, regular, write_json, write_whole
 from spd.repairs import RESULT, read_json
 from spd.tiny import MODEL_DIR
-from spd.vllm import unservable
+from spd.vllm import FAMILIES, unservable
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "merges.txt"]
 COPIED = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "generation_config.json", "chat_template*")
@@ -52,15 +52,17 @@ The plan, two letters a block for attention and MLP (F: kept, D: dropped):
 
     {plan}
 
+{serving}
+{measured}
+Written by `spd export`, version {version}, from {name} ({fingerprint}).
+"""
+SERVING = """\
 vLLM serves it on {tp} ranks with the plug-in of `spd`, installed from a checkout in vLLM's own environment:
 
 ```bash
 pip install --no-deps CHECKOUT_OF_SPD
 vllm serve {folder} --tensor-parallel-size {tp}
-```
-{measured}
-Written by `spd export`, version {version}, from {name} ({fingerprint}).
-"""
+```"""
 MEASURED = """
 | | perplexity, {windows} windows held out of the calibration |
 | --- | --- |
@@ -312,6 +314,11 @@ class SPDModel:
         said |= {"syncs": self.plan.syncs(), "all": 2 * len(self.plan), "dropped": len(self.plan.dropped())}
         said |= {"version": __version__, "fingerprint": self.fingerprint, "repaired": "", "measured": ""}
         said["dense"] = "another function than under it"
+        served = self.config.form.hf.__name__.replace("Config", "ForCausalLM") in FAMILIES  # an export's is LLaMA else
+        own = (
+            "The plug-in for vLLM does not know the family; `spd eval --model {folder} --plan {folder} --tp {tp}` does."
+        )
+        said["serving"] = (SERVING if served else own).format(**said)
         if self.repair:
             figures = {key: self.repair[f"perplexity_{key}"] for key in ("full", "before", "after")}
             figures = {key: "not finite" if value is None else f"{value:.3f}" for key, value in figures.items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros
 
 FAMILIES = {  # vLLM's class -> its module; all of them call the parts of a block by the same names
     "LlamaForCausalLM": "llama",
@@ -26,11 +26,9 @@ def dropped_block(
 ) -> tuple[Tensor, Tensor]:
     """What follows the attention of a block with policies `drop, full`: its one sum over ranks, and the residual.
 
-    Args:
-        p: attention's output of this rank alone (..., D), without the bias (D,), which belongs to the sum.
-        residual: the stream before the block (..., D), equal on all ranks.
-        norm: of one argument; given the residual as a second one, vLLM's would keep `p` in the stream.
-        mlp: gives this rank's partial output.
+    `p` (..., D) is attention's output of this rank alone, without the bias (D,), which belongs to the sum; `residual`
+    (..., D), the stream before the block, is equal on all ranks; `mlp` gives this rank's partial output. `norm` takes
+    one argument: given the residual as a second one, vLLM's would keep `p` in the stream.
     """
     residual = residual if bias is None else residual + bias
     return all_reduce(p + mlp(norm(residual + p))), residual
@@ -88,15 +86,16 @@ def _served(family: str) -> type[nn.Module]:
     class Served(getattr(import_module(f"vllm.model_executor.models.{FAMILIES[family]}"), family)):
         def __init__(self, *, vllm_config, prefix: str = ""):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
-            plan = served_plan(vllm_config)
+            plan, biased = served_plan(vllm_config), getattr(self.config, "attention_bias", False)
             for i in range(self.model.start_layer, self.model.end_layer):  # those of this pipeline stage
-                layer = self.model.layers[i]
+                layer, o_proj = self.model.layers[i], self.model.layers[i].self_attn.o_proj
+                if biased and o_proj.bias is None:  # transformers' Qwen3 has one, vLLM's has no room for it
+                    o_proj.bias = nn.Parameter(zeros(o_proj.output_size, dtype=o_proj.params_dtype), False)
                 if plan[i] == "DF" and "forward" in vars(layer):  # an offloader's, which calls the class's own
                     raise RuntimeError("Dropped sync points cannot be served with weights offloaded to the host.")
                 if plan[i] == "DF":
-                    layer.self_attn.o_proj.reduce_results = layer.mlp.down_proj.reduce_results = False
-                    layer.self_attn.o_proj.skip_bias_add = True
-                    layer.__class__ = _dropped(type(layer))
+                    o_proj.reduce_results = layer.mlp.down_proj.reduce_results = False
+                    o_proj.skip_bias_add, layer.__class__ = True, _dropped(type(layer))
 
     Served.__name__ = Served.__qualname__ = f"SPD{family}"
     return Served

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_families import CONFIGS
 from transformers import AutoModelForCausalLM
 
 import spd.vllm
@@ -146,6 +147,14 @@ def test_card_of_an_export_warns_of_a_dense_load_and_says_how_to_serve(plain, tm
         "| with the plan, not repaired | not finite |",
         "| with the plan, repaired: this folder | 10.500 |",
     ]
+
+
+def test_card_says_where_vllm_cannot_serve_the_family(tmp_path):
+    AutoModelForCausalLM.from_config(CONFIGS["opt"]).save_pretrained(tmp_path / "opt")
+    export(SPDModel.from_pretrained(tmp_path / "opt", tp=3, plan=Plan.from_letters("DF FF DF")), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "does not know the family; `spd eval --model out --plan out --tp 3` does." in card
+    assert "vllm serve" not in card
 
 
 def test_plan_that_a_folder_cannot_carry_is_refused_before_anything_is_written(plain, tmp_path):
