@@ -5,6 +5,7 @@ five costs of computation (`Costs`), one all-reduce latency a degree and one cos
 made by others (CSV) calibrate as well: decoding, operators of a block, all-reduces by size.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy.optimize import nnls
 
 from spd.comm import Link
 from spd.config import DTYPES, ModelConfig, named_shape
-from spd.errors import SPDError, one_of
+from spd.errors import SPDError, one_of, reading
 from spd.machines import (
     ATTENTION,
     Machine,
@@ -31,6 +32,7 @@ from spd.machines import (
 )
 from spd.plan import Plan
 from spd.pretrained import resolve
+from spd.records import regular
 from spd.transport import PROCESS_GROUP
 
 SCHEMA = 1
@@ -39,6 +41,8 @@ SAME_RUN = ("model", "tp", "link", "batch", "prompt_len", "time")
 LATENCY, RING_BYTE = "latency", "ring_byte"  # what a collective costs: so much each, and for a byte that the ring moves
 STEP, COMPUTED = "step", "computed"  # so much for each further GPU; what a run computes, as one cost of its own
 SPENT = (LATENCY, STEP, RING_BYTE)
+# Of tables: columns of words, those that may hold 0, and what says what computing takes.
+TEXTS, ZERO, COMPUTES = {"model", "link", "device"}, {"syncs_per_block"}, {"costs", "operators"}
 
 
 Unit = str | tuple  # a kind of `Work`, or a kind of what collectives cost with its link (and degree)
@@ -187,15 +191,18 @@ def profile_tables(paths: Sequence[Path]) -> dict:
     """The document of `spd profile` for CSV tables: what each gives, by its columns; errors are those of the last."""
     import pandas as pd
 
+    tables = {  # what makes something of a table, and the columns that it takes
+        profile_decoding: {*SAME_RUN[:-1], "new_tokens", "syncs_per_block", "tokens_per_s"},
+        profile_operators: set(read_profile("layer_ops_a100")[0]),
+        profile_all_reduces: {"devices", "bytes", "us"},
+    }
     found = {"spd_calibration": SCHEMA, "name": ", ".join(path.stem for path in paths), "dtype": "float16", "links": {}}
     for path in paths:
-        try:
-            table = pd.read_csv(path)
-        except (OSError, ValueError) as error:
-            raise SPDError(f"The table {path} cannot be read ({' '.join(str(error).split())}).") from None
-        make, columns = next((pair for pair in TABLES.items() if pair[1] <= set(table)), (None, set()))
+        with reading(f"The table {path} cannot be read"):
+            table = pd.read_csv(regular(path, math.inf))
+        make, columns = next((pair for pair in tables.items() if pair[1] <= set(table)), (None, set()))
         if make is None:
-            known = "; ".join(", ".join(sorted(columns)) for columns in TABLES.values())
+            known = "; ".join(", ".join(sorted(columns)) for columns in tables.values())
             raise SPDError(f"{path} is no table to calibrate on, which has the columns of one of these: {known}.")
         wrong = [c for c in sorted(columns - TEXTS) if not (pd.to_numeric(table[c], "coerce") >= (c not in ZERO)).all()]
         if wrong or table.empty:
@@ -287,11 +294,3 @@ def profile_all_reduces(rows: Sequence[Mapping], name: str) -> dict:
         for size, error in zip(sorted(table), left_out_errors(*zip(*sorted(table.items()), strict=True)), strict=True):
             left_out.append({"link": link, "devices": devices, "bytes": size, "error": error})
     return {"links": {link: {"tables": found} for link, found in tables.items()}, **_summary({"left_out": left_out})}
-
-
-TABLES = {  # what makes something of a table, and the columns that it takes
-    profile_decoding: {*SAME_RUN[:-1], "new_tokens", "syncs_per_block", "tokens_per_s"},
-    profile_operators: set(read_profile("layer_ops_a100")[0]),
-    profile_all_reduces: {"devices", "bytes", "us"},
-}
-TEXTS, ZERO, COMPUTES = {"model", "link", "device"}, {"syncs_per_block"}, {"costs", "operators"}

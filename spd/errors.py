@@ -2,8 +2,10 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:  # a tenth of a second, which a command that answers at once has no use for
+    from pydantic import ValidationError
 
 LONGEST = 300  # characters of a message
 
@@ -19,7 +21,7 @@ def one_of(kind: str, given: str, known: Collection[str]) -> str:
     return given
 
 
-def in_words(error: ValidationError, names: Mapping[str, str] = {}) -> str:
+def in_words(error: "ValidationError", names: Mapping[str, str] = {}) -> str:
     """The first thing that is wrong, as `place: reason`; `names` are those that the reader's file has for places."""
     first = error.errors()[0]
     place = "".join(f"{names.get(part, part)}: " for part in first["loc"])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from spd.errors import SPDError, one_of, reading, short
-from spd.records import regular
 
 
 class Parser(argparse.ArgumentParser):
@@ -222,6 +221,8 @@ def command(*options: Option, name: str | None = None, result_in: str | None = "
 def read_experiment(path: Path) -> dict[str, dict[str, Any]]:
     """The sections of an experiment: `common`, one a command, and those of scripts that lie beside it."""
     import yaml
+
+    from spd.records import regular
 
     with reading(f"{path} cannot be read as YAML"):
         sections = yaml.safe_load(regular(path).read_text(encoding="utf-8")) or {}

@@ -16,7 +16,6 @@ from typing import Any
 from spd import __version__
 from spd.errors import SPDError
 from spd.options import Command
-from spd.records import regular
 
 DROPS, SENT = ("drop", "drop_mlp"), ("bits", "bits_plain", "group")  # options that say what a plan would
 LONGEST_DEFAULT = 2048  # tokens a window where none is asked for: the paper's, if the model has the positions
@@ -60,19 +59,15 @@ class Session:
 
     def answer(self) -> dict | None:
         """The result in `--out`, if it answers this very question and its record is still there."""
+        if self.result_file is None:
+            return None
+        from spd.records import regular
+
         try:
             document = json.loads(regular(self.result_file).read_text())
             recorded = Path(self.options.records, f"{document['record']}.json").exists()
             return document if document["question"] == self.question and recorded else None
-        except (
-            AttributeError,
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RecursionError,
-            SPDError,
-        ):  # no file, or not of this kind
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SPDError):  # no file, or not of this kind
             return None
 
     # ------------------------------------------------------------ model and data
@@ -202,6 +197,8 @@ def _content(value: Any) -> Any:
 
 def digest_of_path(path: Path) -> str:
     """Of a file's content, or of those of a folder; of large files size and samples."""
+    from spd.records import regular
+
     digest = hashlib.sha256()
     for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
         size = regular(file, math.inf).stat().st_size

@@ -594,3 +594,12 @@ def test_what_is_missing_is_listed(tmp_path):
     assert lines[0] == "Missing:" and len(lines) == 4
     for line, words in zip(lines[1:], ("tp=17 is impossible", "no text none.txt", "no rows of piqa"), strict=True):
         assert words in line
+
+
+def test_the_command_line_starts_without_what_takes_long():
+    """Help, a wrong word and a question that was answered before want neither torch nor pydantic."""
+    code = "import sys, spd.cli; print(sorted({'torch', 'pydantic', 'transformers', 'mlflow'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr
