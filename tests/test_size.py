@@ -22,13 +22,13 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 8806 and len(LIBRARY) <= 43
-    assert lines(*SCRIPTS) <= 2863
+    assert lines(*LIBRARY) <= 9113 and len(LIBRARY) <= 46
+    assert lines(*SCRIPTS) <= 3500
 
 
 def test_makefile_and_readme():
-    assert lines(ROOT / "Makefile") <= 118  # 110, and what the targets of vLLM, hardening and SmolLM2 take
-    assert lines(ROOT / "README.md") <= 240
+    assert lines(ROOT / "Makefile") <= 128  # 110, and what the targets of vLLM, hardening and SmolLM2 take
+    assert lines(ROOT / "README.md") <= 260
 
 
 @pytest.mark.parametrize("file", [*LIBRARY, *(f for f in SCRIPTS if f.suffix == ".py")], ids=lambda f: f.stem)
