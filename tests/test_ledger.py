@@ -102,3 +102,16 @@ def test_it_is_written_with_the_count_of_each_status(put, tmp_path):
     result = write_ledger([tmp_path / "runs"], tmp_path / "L.md")
     text = (tmp_path / "L.md").read_text()
     assert result["claims"]["reproduced in kind"] == 2 and "| reproduced in kind " in text and "table1" in text
+
+
+def test_the_largest_model_comes_first_and_weak_criteria_and_fits_are_named(put, tmp_path):
+    put("sensitivity", _sensitivity([0.01, 0.02, 0.3, 12.0]), name="small", parameters=10)
+    put("sensitivity", _sensitivity([0.01, 0.02, 0.3, 12.0]), name="large", parameters=1000)
+    row = _row(tmp_path, "in-sensitive blocks of LLaMA2-70B")
+    assert row["ours"].index("large tp=8") < row["ours"].index("small tp=8")
+    assert row["status"] == "reproduced in kind, weak"
+    rows = [
+        {"claim": "TTFT speedup of 19.7 % at 70 % (a latency reduction in the abstract)", "a": 20.0, "a: holds": True}
+    ]
+    put("predict-paper", {"claims": rows, "regimes": ["a"], "gpu": "a100"})
+    assert _row(tmp_path, "TTFT speedup of 19.7 %")["status"] == "predicted, by fit: holds for 1 of 1"
