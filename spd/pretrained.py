@@ -32,7 +32,7 @@ from spd.launch import cache_folder, say
 from spd.model import Transformer
 from spd.plan import Plan, read_plan
 from spd.records import inside, parsed, regular, write_json, write_whole
-from spd.repairs import RESULT, read_json
+from spd.repairs import ended
 from spd.tiny import MODEL_DIR
 from spd.vllm import FAMILIES, unservable
 
@@ -243,7 +243,8 @@ class SPDModel:
         found = read_plan(path, self.fingerprint, self.tp, self.config.num_blocks)
         for name in found.changed:
             load_changed(self.transformer, inside(path if path.is_dir() else path.parent, name))
-        self.plan, self.repair = found.plan, read_json(path / RESULT)
+        done = ended(path)
+        self.plan, self.repair = found.plan, done and done.result
 
     def generate(
         self, prompts: str | list[str], max_new_tokens: int, sampling: Sampling | None = None

@@ -18,9 +18,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, TypeAdapter, ValidationError, field_validator
 
 from spd import __version__
 from spd.errors import SPDError, in_words
@@ -106,12 +106,19 @@ def git_state() -> dict[str, Any] | None:
 class Record(BaseModel):
     """What every record has; `schema` is also a name of pydantic's."""
 
-    schema_: Literal[SCHEMA] = Field(alias="schema")
+    schema_: int = Field(alias="schema")
     id: str
     command: str
     result: dict
     hardware: dict
     started: AwareDatetime
+
+    @field_validator("schema_")
+    @classmethod
+    def _readable(cls, schema: int) -> int:
+        if schema != SCHEMA:
+            raise ValueError(f"{schema} is of another version of spd; this one reads {SCHEMA}")
+        return schema
 
 
 def load_records(paths: Iterable[Path | str]) -> list[dict]:
@@ -137,10 +144,7 @@ def read_record(path: Path) -> dict:
     except OSError as error:
         raise SPDError(f"Cannot read record {path}: {error.strerror or error}.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        reason = f"it has no {name}" if first["type"] == "missing" else f"{name}: {first['msg']}"
-        raise SPDError(f"{path} is not a record: {reason}.") from None
+        raise SPDError(f"{path} is not a record: {in_words(error)}.") from None
     except (ValueError, RecursionError) as error:
         raise SPDError(f"Record {path} is not strict JSON: {error}.") from error
 

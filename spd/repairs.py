@@ -22,19 +22,20 @@ from spd.errors import SPDError, reading
 from spd.model import Transformer
 from spd.records import T, inside, parsed, write_json, write_whole
 
-PROGRESS, PLAN, RESULT = "progress.json", "plan.json", "result.json"  # the last is there when all else is
+PROGRESS, PLAN = "progress.json", "plan.json"  # the latter, with the result in it, is there when all else is
 BLOCKS = "blocks"  # folder of the blocks' files
 
 
 class State(BaseModel, strict=True, extra="allow"):
     """What of `progress.json`, or of the `plan.json` of an ended repair, is relied upon."""
 
-    arguments: dict
+    arguments: dict = {}
     seconds: FiniteFloat = 0.0
     stages: dict[str, dict] = {}
     files: dict[str, str] = {}
     epoch: int | None = None
     changed: list[Annotated[str, Field(pattern=r"^blocks/\d+\.\d+\.safetensors$")]] = []
+    result: dict | None = None
 
 
 class Repairs:
@@ -49,8 +50,8 @@ class Repairs:
         self.folder, self.is_main, self.shards = folder, is_main, shards
         now = json.loads(json.dumps(arguments))
         self.state = {"arguments": now, "seconds": 0.0, "stages": {}, "files": {}, "epoch": None}
-        self.result = read_json(folder / RESULT)
-        earlier = read_json(folder / (PROGRESS if self.result is None else PLAN), State)
+        done = ended(folder)
+        self.result, earlier = done and done.result, done or read_json(folder / PROGRESS, State)
         if earlier is not None:
             before = earlier.arguments
             if before != now:
@@ -108,16 +109,23 @@ class Repairs:
         return self.folder / BLOCKS / f"epoch-{epoch}.{self.shards.rank}-of-{self.shards.world}.pt"
 
     def conclude(self, plan: dict, result: dict) -> dict:
-        """Writes the plan, with the names of the blocks' files, and last the result, which it gives."""
+        """Writes the plan, with the names of the blocks' files and the result, which it gives."""
         files, result = list(self.state["files"].values()), result | {"seconds": time.monotonic() - self.started}
         if self.is_main:
-            write_json(self.folder / PLAN, plan | {"arguments": self.state["arguments"], "changed": files})
             for path in self.folder.glob(f"{BLOCKS}/*"):  # of earlier stages and epochs: several times the model's size
                 if f"{BLOCKS}/{path.name}" not in files:
                     path.unlink()
-            write_json(self.folder / RESULT, result)
+            same = {"arguments": self.state["arguments"], "changed": files, "result": result}
+            write_json(self.folder / PLAN, plan | same)
             (self.folder / PROGRESS).unlink(missing_ok=True)
         return result
+
+
+def ended(folder: Path) -> State | None:
+    """What a repair that ended left in its folder; None where none did."""
+    found = read_json(folder / PLAN, State)
+    result = found and (found.result or read_json(folder / "result.json"))  # the latter by earlier versions
+    return found.model_copy(update={"result": result}) if result else None
 
 
 def changed_files(folder: Path) -> dict[int, Path]:

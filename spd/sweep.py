@@ -18,7 +18,7 @@ from spd.plan import Plan
 from spd.planner import TAU1, TAU2, make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
 from spd.records import write_json
-from spd.repairs import RESULT, changed_files, read_json
+from spd.repairs import changed_files, ended, read_json
 
 ZERO_SHOT = "zs"
 # The paper's recipes as its figure 7 applies them: the recipe of a block by its class, the rest dropped as it is.
@@ -57,7 +57,8 @@ class Repairer:
         """
         same = json.dumps(arguments_of(self.identity, self.calibration, document, recipe), sort_keys=True)
         folder = self.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
-        result = read_json(folder / RESULT)
+        done = ended(folder)
+        result = done and done.result
         if result is None:
             model, steps = self.load(), total_steps(document, recipe, len(self.calibration))
             with self.progress(steps, f"steps of {name}") as progress:

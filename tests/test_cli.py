@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import random_model, with_tokenizer
 
+from spd import records
 from spd.cli import main
 from spd.options import COMMANDS
 
@@ -482,6 +483,30 @@ def test_distill_eval_generate_export(spd, common, plain, tmp_path):
     assert exported["tp"] == 4 and exported["exported"]["fingerprint"] != result["model"]["fingerprint"]
     code, elsewhere, _ = spd("eval", *["hf" if word == plain else word for word in held_out], "--plan", "hf")
     assert elsewhere["perplexity"] == pytest.approx(scored["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stopped_at", ["write_record", "write_json"])
+def test_a_result_counts_only_after_its_record(spd, common, tmp_path, monkeypatch, stopped_at):
+    """Stopped before either, a repair's folder holds no result; the next run publishes the one that it has."""
+    command = ["distill", *common, "--windows", 10, "--drop", "0", "--recipe", "closed-form", "--out", "x"]
+    write = getattr(records, stopped_at)
+
+    def stop(path, document, *rest):
+        if stopped_at == "write_record" or path == Path("x/result.json"):
+            raise KeyboardInterrupt
+        return write(path, document, *rest)
+
+    monkeypatch.setattr(records, stopped_at, stop)
+    assert spd(*command)[0] == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    made = (tmp_path / "x/plan.json").stat().st_mtime_ns
+    assert not (tmp_path / "x/result.json").exists()
+    assert len(list((tmp_path / "runs").iterdir())) == (stopped_at == "write_json")
+    code, result, err = spd(*command)
+    assert code == 0 and (tmp_path / f"runs/{result['record']}.json").exists(), err
+    assert json.loads((tmp_path / "x/result.json").read_text()) == result
+    assert (tmp_path / "x/plan.json").stat().st_mtime_ns == made, "nothing was repaired again"
 
 
 @pytest.mark.parametrize(

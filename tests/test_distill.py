@@ -100,9 +100,9 @@ def test_only_dropped_blocks_change_and_the_folder_gives_what_was_scored(folder,
     held_out = TOKENS[split(len(TOKENS)) :]
     assert perplexity_with(folder, tmp_path, held_out) == result["perplexity_after"]
     assert perplexity_with(folder, tmp_path / "plan.json", held_out) == result["perplexity_after"]
-    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "result.json", "blocks"}
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "blocks"}
     assert len(list((tmp_path / "blocks").iterdir())) == 2
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "plan.json").read_text())["result"] == result
 
 
 def test_best_trains_block_by_block_and_together(folder, tmp_path):
@@ -211,7 +211,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         repair(folder, tmp_path / "parts")
     monkeypatch.undo()
-    assert not (tmp_path / "parts" / "result.json").exists()
+    assert not (tmp_path / "parts" / "plan.json").exists()
     redone = []
     monkeypatch.setattr(Repairs, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest)))
     resumed = repair(folder, tmp_path / "parts")

@@ -137,7 +137,7 @@ def test_records_are_read_once_each_and_the_oldest_first(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "is not a record: schema: Input should be 1"),
+        ({"schema": 2}, "is not a record: schema: 2 is of another version of spd; this one reads 1"),
         ({"hardware": None}, "is not a record: hardware: Input should be a valid dictionary"),
         ({"started": "yesterday"}, "is not a record: started: "),
         ({"result": {"perplexity": float("nan")}}, "is not strict JSON: "),
