@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spd.block_inputs import ERROR_TOKENS
 from spd.cli import main
 from spd.closed_form import JOINT_FEATURES, PLACEMENT_TOKENS, SWEEPS
 from spd.config import DTYPES, HUB_IDS, SHAPES, ModelConfig
@@ -153,7 +154,7 @@ def repair(job: Job, windows: int, document: dict, recipe: Recipe) -> Budget:
         on_device, on_host = job.weights() + each.device_bytes, job.per_node * (streams + kept)
         found = found.then(Budget(each.seconds, on_device, on_host, kept))
     if recipe.joint and dropped:
-        steps = total_steps(document, replace(recipe, block=None), windows)
+        steps = total_steps(document, replace(recipe, closed_form=None, block=None), windows)
         passes = BACKWARD * steps + recipe.joint.epochs * held_out
         memory = ADAM * len(dropped) * kept / job.processes + c.num_blocks * job.block_activations()
         seconds = job.seconds(passes * (job.flops + job.head_flops))  # towards the original's logits
@@ -176,7 +177,8 @@ def _closed_form(job: Job, windows: int) -> Budget:
     """A block: corrections, twice; placement; refits with and without attention, by Gram matrix or in sweeps."""
     c, tokens = job.config, windows * job.seq_len
     d, f, gpus = c.hidden_size, c.intermediate_size, job.processes
-    found = Budget(job.seconds(8 * windows * job.block_flops))  # errors and features
+    measured = min(tokens, ERROR_TOKENS) / job.seq_len
+    found = Budget(job.seconds((3 * windows + 5 * measured) * job.block_flops))  # heads and features; errors
     found = found.then(Budget(job.seconds(min(tokens, PLACEMENT_TOKENS) * (job.tp + 1) * 4 * d * f)))
     found = found.then(_regression(job, tokens, job.tp, d), 2)
     for features in (f + d, f):
@@ -193,7 +195,7 @@ def _closed_form(job: Job, windows: int) -> Budget:
 def _regression(job: Job, tokens: int, parts: int, features: float) -> Budget:
     """`parts` regressions onto D targets from Gram matrices, their ridges chosen."""
     d, hosted = job.config.hidden_size, max(1.0, parts / job.processes)
-    single = parts * tokens * 2 * features * (features + d)
+    single = parts * tokens * features * (features + 2 * d)
     double = parts * (len(RIDGES) + 1) * (features**3 / 3 + 4 * features**2 * d)
     memory = hosted * 8 * (4 * features**2 + 3 * features * d)
     return Budget(job.seconds(single) + job.seconds(double, "float64"), memory)

@@ -1,16 +1,19 @@
 """A dropped block with the activations that it is repaired on, as the steps of the closed form see it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from spd.comm import Shards, Stream
+from spd.evaluate import Progress, silent
 from spd.least_squares import Moments
 from spd.model import Block, Transformer, shard_linear
 
 HELD_OUT = 10  # one window in so many chooses the ridge
+ERROR_TOKENS = 2048  # on which a block's error is measured
 POINT = "calibration"  # the name of these all-reduces in the counts
 
 
@@ -35,9 +38,10 @@ class DroppedBlock:
 
     model: Transformer
     index: int
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    mixed: Sequence[Tensor] | None = None
+    inputs: Iterable[Tensor]
+    targets: Iterable[Tensor]
+    mixed: list[Tensor] | None = None
+    progress: Progress = silent  # told of each pass
 
     @property
     def block(self) -> Block:
@@ -54,11 +58,11 @@ class DroppedBlock:
     def batches(self, tokens: int | None = None) -> Iterator[Batch]:
         """All batches, or every n-th so that they hold at least about `tokens` tokens, if there are so many."""
         every, seen = max(1, self.tokens // tokens) if tokens else 1, 0
-        for number, (x, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
+        mixed = map(self._mix, self.inputs) if self.mixed is None else self.mixed
+        for x, target, heads in islice(zip(self.inputs, self.targets, mixed, strict=True), None, None, every):
             held_out = torch.arange(seen, seen + len(x)) % HELD_OUT == HELD_OUT - 1
             seen += len(x)
-            if number % every == 0:
-                yield Batch(x, target, self._mix(x) if self.mixed is None else self.mixed[number], held_out)
+            yield Batch(x, target, heads, held_out)
 
     def _mix(self, x: Tensor) -> Tensor:
         context = self.model.context(Stream(x))
@@ -66,7 +70,9 @@ class DroppedBlock:
 
     def remember_heads(self) -> "DroppedBlock":
         """The same with what the heads gather computed once; valid while neither they nor their input change."""
-        return replace(self, mixed=[batch.mixed for batch in self.batches()])
+        kept = replace(self, mixed=[self._mix(x) for x in self.inputs])
+        self.progress(1)
+        return kept
 
     def attended(self, batch: Batch, out: Tensor | None = None) -> Stream:
         """The stream with the attention's outputs pending, of output projections `out` in place of the block's."""
@@ -89,12 +95,13 @@ class DroppedBlock:
         return torch.cat((activations, batch.mixed), -1) if attention else activations, missing
 
     def error(self) -> float:
-        """Mean squared error of the block's output, the same number on every process."""
+        """Mean squared error of the block's output on `ERROR_TOKENS` tokens, the same number on every process."""
         total = count = 0
-        for batch in self.batches():
+        for batch in self.batches(ERROR_TOKENS):
             missing = self.features(batch)[1]
             total += missing.double().square().sum()
             count += missing.numel()
+        self.progress(1)
         return self.shards.agreed(total / count).item()
 
     def moments(self, pair: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[Moments, Moments]:
@@ -109,6 +116,10 @@ class DroppedBlock:
                 shape = len(features), features.shape[-1], targets.shape[-1], features.device
                 sums = [Moments(*shape), Moments(*shape)]
             for moments, some in zip(sums, (~batch.held_out, batch.held_out), strict=True):
-                moments.add(features[:, some], targets[:, some])
+                if some.all():
+                    moments.add(features, targets)
+                elif some.any():
+                    moments.add(features[:, some], targets[:, some])
+        self.progress(1)
         fit, held_out = sums
         return fit, held_out

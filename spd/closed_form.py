@@ -19,7 +19,7 @@ Everything here needs the MLP's sync to stay `full`. Shapes as in `model.py`; F 
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from spd.layout import balanced_assignment, permute_neurons
 from spd.least_squares import best_ridge, conjugate_gradients
 from spd.model import Attention, Block, shard_linear
 
-PLACEMENT_TOKENS = 16_384  # on which neurons are compared
+PLACEMENT_TOKENS = 4096  # on which neurons are compared
 JOINT_FEATURES = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
 SWEEPS = 30  # over the data, where the shards' solutions are reconciled instead
 
@@ -45,6 +45,12 @@ class ClosedForm:
     refit: bool = True
     refit_attention: bool = True  # the output projection too; without it where it does not help
 
+    @property
+    def passes(self) -> int:
+        """Passes over the calibration data that a repair makes at the most, and tells `progress` of."""
+        with_attention = self.refit_attention * (3 + self.correct)
+        return 3 + self.centre + self.correct + self.place + self.refit * (with_attention + 2)
+
 
 @torch.no_grad()
 def repair_block(
@@ -56,10 +62,16 @@ def repair_block(
     of its parameters where there is one (with biases, if options ask for centring: `Attention.add_biases`).
 
     Returns:
-        `error_before`, `error_after` (mean squared error of the block's output on all the calibration data),
+        `error_before`, `error_after` (mean squared error of the block's output, `DroppedBlock.error`),
         `steps` (name and error after it of every step taken) and `kept` (False: undone).
     """
-    block = dropped.block
+    block, progress, done = dropped.block, dropped.progress, []
+
+    def count(passes: int) -> None:
+        done.append(passes)
+        progress(passes)
+
+    dropped = replace(dropped, progress=count).remember_heads()
     if options.centre:
         block.attention.add_biases()
     saved = copy.deepcopy(block.state_dict()) if saved is None else saved
@@ -69,6 +81,7 @@ def repair_block(
     kept = after <= before  # False for NaN
     if not kept:
         block.load_state_dict(saved)
+    progress(options.passes - sum(done))  # those that were not needed
     return {"error_before": before, "error_after": after if kept else before, "steps": steps, "kept": kept}
 
 
@@ -76,10 +89,11 @@ def _steps(dropped: DroppedBlock, options: ClosedForm) -> Iterator[tuple[str, fl
     """Takes the steps; yields each one's name and the error after it."""
     block = dropped.block
     if options.centre:
-        total = sum(batch.mixed.sum((1, 2), dtype=torch.double) for batch in dropped.batches())
-        centre_heads(block.attention, total / dropped.tokens, dropped.shards)
+        total = sum(mixed.sum((1, 2), dtype=torch.double) for mixed in dropped.mixed)
+        taken = centre_heads(block.attention, total / dropped.tokens, dropped.shards)
+        for mixed in dropped.mixed:
+            mixed -= taken[:, None, None]
         yield "centre", dropped.error()
-    dropped = dropped.remember_heads()
     out = block.attention.out.weight.clone()  # of the input that a shard should see, whatever becomes of the block
     corrections = input_corrections(dropped, out) if options.correct else None
     if options.place:
@@ -95,13 +109,14 @@ def _steps(dropped: DroppedBlock, options: ClosedForm) -> Iterator[tuple[str, fl
     if options.refit_attention:
         down = block.mlp.down.weight.clone()
         ridge = refit(dropped, attention=True)
-        if options.correct:  # the shards' inputs have changed
-            correct(block, gate_up, input_corrections(dropped, out))
-        refit(dropped, ridge=ridge)
-        error = dropped.error()
-        if error < placed:
-            yield "refit with attention", error
-            return
+        if math.isfinite(ridge):
+            if options.correct:  # the shards' inputs have changed
+                correct(block, gate_up, input_corrections(dropped, out))
+            refit(dropped, ridge=ridge)
+            error = dropped.error()
+            if error < placed:
+                yield "refit with attention", error
+                return
         block.mlp.down.weight.copy_(down)
         block.attention.out.weight.copy_(out)
         if options.correct:
@@ -111,11 +126,14 @@ def _steps(dropped: DroppedBlock, options: ClosedForm) -> Iterator[tuple[str, fl
 
 
 @torch.no_grad()
-def centre_heads(attention: Attention, gathered: Tensor, shards: Shards) -> None:
+def centre_heads(attention: Attention, gathered: Tensor, shards: Shards) -> Tensor:
     """Moves the mean of what the heads of each key/value group gather into the biases, in place.
 
     Args:
         gathered: the mean over tokens of `Attention.mix`, (S, h d), with the biases as they are.
+
+    Returns:
+        By how much less each head gathers from now on, (S, h d).
     """
     attention.add_biases()
     mean = gathered.unflatten(-1, (attention.g, -1, attention.head_dim)).mean(2)  # (S, g, d), of the group's heads
@@ -124,6 +142,7 @@ def centre_heads(attention: Attention, gathered: Tensor, shards: Shards) -> None
     heads = mean.repeat_interleave(attention.h // attention.g, 1).flatten(1).to(attention.out.weight)
     part = torch.einsum("sdi,si->d", attention.out.weight, heads)
     attention.out.bias += shards.all_reduce(part, "bias")
+    return heads
 
 
 @torch.no_grad()
@@ -176,8 +195,9 @@ def placement_costs(dropped: DroppedBlock, corrections: Tensor | None = None) ->
         wanted = activations(block.mlp_norm(stream.x + dropped.pending(stream)))
         for shard, seen in enumerate(block.mlp_norm(stream.read())):
             if corrections is not None:
-                seen = seen + (seen.to(corrections) @ corrections[shard].mT).to(seen)
+                seen = seen + seen @ corrections[shard].mT.to(seen)
             costs[shard] += (activations(seen) - wanted).float().square().sum((1, 2)).flatten()
+    dropped.progress(1)
     return shards.gather(costs * power).T
 
 
@@ -216,11 +236,11 @@ def refit(dropped: DroppedBlock, attention: bool = False, ridge: float | None = 
     def pair(batch: Batch) -> tuple[Tensor, Tensor]:
         features, missing = dropped.features(batch, attention)
         if joint:
-            return features.movedim(0, -2).flatten(-2)[None], missing[None]  # (1, B, T, S p)
+            return torch.cat(tuple(features), -1)[None], missing[None]  # (1, B, T, S p)
         return features, missing.expand(shards.k, -1, -1, -1)
 
     def total(errors: Tensor) -> Tensor:
-        return shards.all_reduce(errors.sum(1, keepdim=True), POINT)
+        return shards.all_reduce(errors.sum(0, keepdim=True), POINT)
 
     def apply(coefficients: Tensor) -> Tensor:
         """Cross moments (S, D, p) of the features with what the coefficients (S, D, p) predict from all of them."""

@@ -72,6 +72,11 @@ class Recipe:
         """Optimiser steps of a dropped block, with so many windows to train on."""
         return self.block.epochs * windows if DISTILL in self.treatment(block_class) else 0
 
+    def units(self, block_class: str | None, windows: int) -> int:
+        """Of a dropped block's repair: passes of the closed form and optimiser steps, of which `progress` is told."""
+        passes = self.closed_form.passes if CLOSED_FORM in self.treatment(block_class) else 0
+        return passes + self.steps(block_class, windows)
+
 
 _CLOSED_FORM = Recipe("closed-form", closed_form=ClosedForm(), students_inputs=True)
 _B2B = Recipe("paper", block=Schedule(10, 5e-5), insensitive_as_is=True)
@@ -126,10 +131,10 @@ def dropped_blocks(document: dict, recipe: Recipe) -> dict[int, str | None]:
 
 
 def total_steps(document: dict, recipe: Recipe, windows: int) -> int:
-    """Optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
+    """Passes and optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
     dropped, trained = dropped_blocks(document, recipe), split(windows) + recipe.generated
     joint = recipe.joint.epochs * trained if recipe.joint and dropped else 0
-    return joint + sum(recipe.steps(block_class, trained) for block_class in dropped.values())
+    return joint + sum(recipe.units(block_class, trained) for block_class in dropped.values())
 
 
 def identity_of(model: SPDModel) -> dict:
@@ -183,7 +188,7 @@ def distill(
         targets = teacher.through(i, TP_BLOCK, in_place=own)
         if f"block {i}" in repairs.notes:
             repairs.restore(transformer, i)
-            progress(recipe.steps(dropped[i], windows.trained))
+            progress(recipe.units(dropped[i], windows.trained))
         elif i in dropped:
             case = Case(i, dropped[i], repaired.blocks[i], inputs, targets)
             repairs.finish(f"block {i}", *_repair(case, recipe, progress))
@@ -259,7 +264,7 @@ def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[
     note = _note(i, case.block_class, ", ".join((*treatment, "drop")), objective.held_out())
     try:
         if CLOSED_FORM in treatment:
-            note["closed_form"] = _solve(case, recipe.closed_form, before)
+            note["closed_form"] = _solve(case, recipe.closed_form, before, progress)
         if GROUP in treatment:
             note["grouping"] = _group(case, seed)
         if DISTILL in treatment:
@@ -277,12 +282,13 @@ def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[
     return note, [(i, changed_tensors(transformer, i, before))]
 
 
-def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor]) -> dict:
+def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor], progress: Progress) -> dict:
     transformer, i, windows = case.inputs.model, case.index, case.inputs.windows
     rows = windows.batches(stop=windows.given)  # its own text would double the time for little
     inputs, targets = (Again(rows, lambda some, a=a: a.at(some)[0].x) for a in (case.inputs, case.targets))
     saved = {name.removeprefix(f"blocks.{i}."): value for name, value in before.items()}  # one copy is enough
-    return repair_block(DroppedBlock(transformer, i, inputs, targets), options, saved)["steps"]
+    dropped = DroppedBlock(transformer, i, inputs, targets, progress=progress)
+    return repair_block(dropped, options, saved)["steps"]
 
 
 def _group(case: Case, seed: int) -> dict:

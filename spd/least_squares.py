@@ -9,15 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+COLUMNS = 256  # of a Gram matrix, taken at once
 DEFAULT_RIDGE = 1e-3  # where nothing is held out to choose by
 
 
 class Moments:
     """Sums over tokens of features' products with each other and with targets, for G independent regressions.
 
-    `gram` (G, p, p) and `cross` (G, q, p) are sums in float64 of products taken in float32 a batch at a time;
-    `power` (G,) is the targets' own.
+    `gram` (G, p, p), of which the lower triangle counts, and `cross` (G, q, p) are sums in float64 of products taken
+    in float32 a batch at a time; `power` (G,) is the targets' own.
     """
 
     def __init__(self, regressions: int, features: int, targets: int, device: torch.device | str = "cpu"):
@@ -28,7 +29,9 @@ class Moments:
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Features (G, ..., p) and their targets (G, ..., q)."""
         f, t = features.float().flatten(1, -2), targets.float().flatten(1, -2)
-        self.gram += f.mT @ f
+        for start in range(0, f.shape[2], COLUMNS):  # what lies above the diagonal is the same
+            some = slice(start, start + COLUMNS)
+            self.gram[:, start:, some] += f[..., start:].mT @ f[..., some]
         self.cross += t.mT @ f
         self.power += t.double().square().sum((1, 2))
 
@@ -57,20 +60,29 @@ class Moments:
 
     def error(self, coefficients: Tensor) -> Tensor:
         """Sum of squared errors (G,) which coefficients (G, q, p) leave."""
-        c = coefficients
-        return self.power - 2 * (c * self.cross).sum((1, 2)) + (c @ self.gram * c).sum((1, 2))
+        c, diagonal = coefficients, self.gram.diagonal(dim1=1, dim2=2)[:, None]
+        quadratic = 2 * (c @ self.gram.tril() * c).sum((1, 2)) - (c.square() * diagonal).sum((1, 2))
+        return self.power - 2 * (c * self.cross).sum((1, 2)) + quadratic
 
 
 def best_ridge(fit: Moments, held_out: Moments, total: Callable[[Tensor], Tensor] = lambda errors: errors) -> Tensor:
     """The ridges (G,) of `RIDGES` with which coefficients of `fit` serve the held-out part best.
 
-    Inf where no coefficients at all serve it better than any; `DEFAULT_RIDGE` where nothing is held out. `total` may
-    sum the errors (R, G) over regressions and processes to (R, 1), for one choice.
+    They are tried from the strongest on, until one serves no regression better than those before it. Inf where no
+    coefficients at all serve it better than any; `DEFAULT_RIDGE` where nothing is held out. `total` may sum errors (G,)
+    over regressions and processes to (1,), for one choice.
     """
-    errors = torch.stack([*(held_out.error(fit.solve(ridge)) for ridge in RIDGES), held_out.power])
-    best = total(errors).argmin(0)
-    ridges = torch.tensor((*RIDGES, torch.inf), dtype=torch.double, device=best.device)[best]
-    return ridges if total(held_out.power[None]).all() else torch.full_like(ridges, DEFAULT_RIDGE)
+    least = total(held_out.power)
+    ridges = torch.full_like(least, torch.inf)
+    if not least.all():
+        return torch.full_like(ridges, DEFAULT_RIDGE)
+    for ridge in RIDGES:
+        errors = total(held_out.error(fit.solve(ridge)))
+        better = errors < least
+        if not better.any():
+            break
+        least, ridges = torch.where(better, errors, least), torch.where(better, ridge, ridges)
+    return ridges
 
 
 def conjugate_gradients(

@@ -11,13 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import spd.closed_form as closed_form
+import spd.least_squares as least_squares
 from spd.block_inputs import DroppedBlock
 from spd.closed_form import ClosedForm, placement_costs, refit, repair_block
 from spd.comm import Shards, Stream
 from spd.config import ModelConfig
 from spd.data import read_windows
 from spd.errors import SPDError
-from spd.evaluate import batches, perplexity
+from spd.evaluate import batches, perplexity, silent
 from spd.layout import balanced_assignment, permute_neurons
 from spd.least_squares import Moments, best_ridge
 from spd.model import Transformer
@@ -59,7 +60,9 @@ def _copy(block) -> dict:
 # Least squares
 
 
-def test_ridge_equals_an_independent_solver():
+@pytest.mark.parametrize("columns", [2, 256])
+def test_ridge_equals_an_independent_solver(columns, monkeypatch):
+    monkeypatch.setattr(least_squares, "COLUMNS", columns)
     generator = torch.Generator().manual_seed(0)
     f, t = torch.randn(2, 90, 5, generator=generator), torch.randn(2, 90, 3, generator=generator)
     moments = Moments(2, 5, 3)
@@ -224,8 +227,11 @@ def test_refit_of_a_block_without_error_changes_nothing_that_matters():
     ids=["all", "centre off", "no correction", "no placement", "no refit", "no attention"],
 )
 def test_no_block_ends_worse(config, options):
-    dropped = _first_block(_model(config))
+    told = []
+    dropped = replace(_first_block(_model(config)), progress=told.append)
     report = repair_block(dropped, options)
+    assert sum(told) == options.passes and min(told) >= 0
+    dropped = replace(dropped, progress=silent)
     before = _first_block(_model(config)).error()
     assert report["error_after"] <= report["error_before"] == pytest.approx(before, rel=1e-6)
     assert report["error_after"] == pytest.approx(dropped.error(), rel=1e-6)
@@ -286,6 +292,7 @@ def _process(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = _model(shards=Shards(4, rank, world, ProcessGroup()))
     closed_form.SWEEPS = 5
+    assert model.shards.agreed(torch.tensor([rank])).tolist() == [0]  # what process 0 decided
     _repair(model, Plan.from_letters("DF DF"), TOKENS)
     logits = model(TOKENS)
     if rank == 0:

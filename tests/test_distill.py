@@ -231,9 +231,9 @@ def test_interrupted_within_a_block_it_redoes_that_block(folder, tmp_path):
     whole = repair(folder, tmp_path / "whole")
     steps = []
 
-    def stop(*_, **__):
-        steps.append(1)
-        if len(steps) == 20:  # 13 steps a block: in the second one
+    def stop(units, **_):
+        steps.append(units)
+        if sum(steps) == QUICK.units(None, 13) + QUICK.closed_form.passes + 7:  # in the second block
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -248,7 +248,7 @@ def test_interrupted_while_training_together_it_goes_on_after_the_last_epoch(fol
 
     def stop(units, **_):
         steps.append(units)
-        if sum(steps) == 2 * 13 + 2 * 13 + 5:  # two blocks, two epochs, and a little
+        if sum(steps) == 2 * options.units(None, 13) + 2 * 13 + 5:  # two blocks, two epochs, and a little
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
