@@ -237,21 +237,6 @@ def made_by_commands(model: str, tp: int, folder: Path) -> Path:
     return folder / "served"
 
 
-def llm(folder: Path, tp: int, **options):
-    from vllm import LLM
-
-    return LLM(
-        str(folder), tensor_parallel_size=tp, dtype="float32", max_model_len=256, compilation_config=PLAIN,
-        enforce_eager=True, enable_prefix_caching=False, worker_extension_cls="vllm_stand_ins.Counting", **options,
-    )  # fmt: skip
-
-
-def log_probabilities(model: SPDModel, ids: list[int]) -> torch.Tensor:
-    """(T, vocabulary) after each token, by the engine."""
-    with torch.no_grad():
-        return model.transformer(torch.tensor([ids]))[0].log_softmax(-1)
-
-
 @pytest.mark.parametrize(("name", "tp"), SERVED)
 def test_served_model_is_the_engines(tmp_path, name, tp):
     compare_served(made_by_commands(name, tp, tmp_path), tp)
