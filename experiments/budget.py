@@ -3,16 +3,19 @@
     python experiments/budget.py experiments/llama2-70b.yaml --tp 8 --processes 8 --gpu a100     each stage
     python experiments/budget.py                 a record of what repairing LLaMA2 takes (`make budget`)
 
-Plans, steps and passes are those that the commands go through. Rates are the data sheets' peaks times `UTILISATION`;
-the start of processes is not counted. Memory is that of a GPU (weights, gradients and optimiser, statistics,
-activations) and of a node (streams of hidden states, which every process keeps for itself). Repairs are in float32, for
-the worst class of block.
+Plans, points, steps and passes are those that the commands go through. Rates are the data sheets' peaks times
+`UTILISATION`; the start of processes is not counted. Memory is that of a GPU (weights, gradients and optimiser,
+statistics, activations) and of a node (streams of hidden states, which every process keeps for itself). Repairs are in
+float32, their products in TF32 unless `--matmul fp32`. Blocks that the paper does not call in-sensitive are reckoned
+as extremely sensitive, the worst class; all of a model that it does not speak of.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from reference import reference
 
 from spd.block_inputs import ERROR_TOKENS
 from spd.cli import main
@@ -25,11 +28,11 @@ from spd.least_squares import RIDGES
 from spd.machines import Pass, gpu, gpu_flops, gpu_memory
 from spd.options import COMMANDS, command, option, percentages, read_experiment
 from spd.plan import Plan
-from spd.planner import parse_budget, plans_by_percentage
+from spd.planner import blocks_of, parse_budget, plans_by_percentage
 from spd.pretrained import resolve
 from spd.sensitivity import block_evaluations
 from spd.session import LONGEST_DEFAULT
-from spd.sweep import BY_PLAN, Sweep, parse_strategies, sweep_recipes
+from spd.sweep import Sweep, parse_strategies, points_of, sweep_recipes
 
 UTILISATION = 0.5  # of the peak
 READING = 1e9  # bytes of a checkpoint a second, on a node
@@ -82,6 +85,7 @@ class Job:
     per_node: int
     seq_len: int
     gpu: str = "a100"
+    matmul: str = "tf32"  # products of repairs
 
     @property
     def block_parameters(self) -> int:
@@ -96,7 +100,12 @@ class Job:
     @property
     def block_flops(self) -> float:
         """Of one window's forward pass through a block, over all shards."""
-        return self.tp * sum(each.work.flop for each in Pass(self.config, self.tp, tokens=self.seq_len).block())
+        return self.flops_of(*{each.name for each in Pass(self.config, self.tp).block()})
+
+    def flops_of(self, *operators: str) -> float:
+        """Of one window's forward pass through these operators of a block, over all shards."""
+        block = Pass(self.config, self.tp, tokens=self.seq_len).block()
+        return self.tp * sum(each.work.flop for each in block if each.name in operators)
 
     @property
     def head_flops(self) -> float:
@@ -108,8 +117,11 @@ class Job:
         """Of one window's forward pass, logits included."""
         return self.config.num_blocks * self.block_flops + self.head_flops
 
-    def seconds(self, flops: float, dtype: str = "float32") -> float:
-        return flops / (self.processes * UTILISATION * gpu_flops(self.gpu, dtype))
+    def seconds(self, flops: float, dtype: str | None = None) -> float:
+        """Without `dtype` that of a repair: the data sheets' peak in TF32 is half of that in 16 bits."""
+        tf32 = dtype is None and self.matmul == "tf32"
+        peak = gpu_flops(self.gpu, "bfloat16") / 2 if tf32 else gpu_flops(self.gpu, dtype or "float32")
+        return flops / (self.processes * UTILISATION * peak)
 
     def weights(self, dtype: str = "float32") -> float:
         """Bytes on each GPU: its shards, and the ends whole."""
@@ -122,10 +134,11 @@ class Job:
         widths = k * (4 * c.hidden_size + 5 * c.intermediate_size / self.tp) + 4 * c.hidden_size
         return DTYPES[dtype].itemsize * self.seq_len * widths
 
-    def passes(self, flops: float, dtype: str = "float32") -> Budget:
+    def passes(self, flops: float, dtype: str | None = None) -> Budget:
         """So many FLOPs of forward passes; logits stand there with their logarithms and exponents in float32."""
-        logits = self.seq_len * self.config.vocab_size * (DTYPES[dtype].itemsize + 8)
-        return Budget(self.seconds(flops, dtype), self.weights(dtype) + logits + self.block_activations(dtype))
+        kept = dtype or "float32"
+        logits = self.seq_len * self.config.vocab_size * (DTYPES[kept].itemsize + 8)
+        return Budget(self.seconds(flops, dtype), self.weights(kept) + logits + self.block_activations(kept))
 
     def load(self) -> Budget:
         """The model read from 16-bit files; each process reads its part."""
@@ -185,9 +198,10 @@ def _closed_form(job: Job, windows: int) -> Budget:
         if gpus == 1 and features <= JOINT_FEATURES:
             found = found.then(_regression(job, tokens, 1, features))
         else:
-            a_sweep = windows * job.block_flops + tokens * 4 * features * d + 4 * features * features / job.tp * d
+            a_sweep = job.seconds(windows * job.flops_of("o_proj", "gate_up_proj", "act") + tokens * 4 * features * d)
+            a_sweep += job.seconds(4 * features * features / job.tp * d, "float64")
             found = found.then(_regression(job, tokens, job.tp, features / job.tp))
-            found = found.then(Budget(job.seconds(a_sweep)), SWEEPS)
+            found = found.then(Budget(a_sweep), SWEEPS)
     copies = 2 * 4 * job.block_parameters / gpus + tokens * c.num_heads * c.head_dim * 4 / gpus
     return replace(found, device_bytes=copies + found.device_bytes)
 
@@ -213,29 +227,35 @@ def answers(job: Job, options: dict) -> Budget:
     return job.passes(tokens / job.seq_len * job.flops, options["dtype"])
 
 
-def plans_of(job: Job, options: dict) -> dict[int, Plan]:
-    """By number of dropped blocks."""
-    given = options["percentages"]
-    return plans_by_percentage([0.0] * job.config.num_blocks, given and percentages(given))
+def sensitivities(job: Job, model: str) -> list[float]:
+    """Zeros for as many blocks as the paper (figure 6) finds in-sensitive, ones for the rest."""
+    blocks, shares = job.config.num_blocks, reference()["figure6"]["in_sensitive_percent"]
+    harmless = blocks_of(shares.get(f"{HUB_IDS.get(model)} tp={job.tp}", 0), blocks)
+    return [0.0] * harmless + [1.0] * (blocks - harmless)
 
 
 def sweep(job: Job, options: dict) -> Budget:
-    """Every strategy at every percentage, with the repairs it needs, which are kept."""
-    plans = plans_of(job, options)
+    """The repairs of all strategies, which are kept, then each point that `Sweep.curve` evaluates."""
+    sensitivity, strategies = sensitivities(job, options["model"]), parse_strategies(options["strategies"])
     best = {"joint_epochs": options["joint_epochs"], "generated": options["generated"]}
     recipes = sweep_recipes({"epochs": options["epochs"]}, best)
-    worst = Sweep([1.0] * job.config.num_blocks, None, recipes, 0.0, 0.0)  # all blocks are extremely sensitive
-    strategies = parse_strategies(options["strategies"])
-    found = (repair for name in strategies for count in plans for repair in worst.repairs(name, count))
-    repairs = {name: (document, recipes[recipe]) for document, recipe, name in found}
+    reckoned = Sweep(sensitivity, None, recipes, 0.5, 0.5)  # a block is in-sensitive, or extremely sensitive
+    repairs, points = {}, []
+    for strategy, plan in points_of(strategies, sensitivity, options["percentages"]):
+        dropped, files = plan.dropped(), set()
+        for document, recipe, name in reckoned.repairs(strategy, len(dropped)):
+            repairs[name] = document, recipes[recipe]
+            files |= {(name, block) for block in Plan.from_document(document).dropped() if block in dropped}
+        points.append((plan, frozenset(files)))
     answered = answers(job, options)
     point = job.passes(min(options["windows"] or TEXT_WINDOWS, TEXT_WINDOWS) * job.flops, options["dtype"])
-    total = job.load().then(answered).then(point)  # with nothing dropped: once
+    total, loaded = job.load().then(answered), None  # with nothing dropped
     for document, recipe in repairs.values():
         total = total.then(job.load()).then(repair(job, options["calibration"], document, recipe))
-    for strategy in strategies:
-        total = total.then(point.then(answered), sum(count > 0 for count in plans))
-        total = total.then(job.load(), len(plans) if strategy in BY_PLAN else 1)
+    for plan, files in dict.fromkeys(points):
+        if loaded is None or not loaded <= files:
+            total = total.then(job.load())
+        total, loaded = total.then(point).then(answered, min(1, len(plan.dropped()))), files
     return total
 
 
@@ -244,7 +264,7 @@ def bench(job: Job, options: dict) -> Budget:
     on_gpu = options["device"] == "cuda"
     if on_gpu and job.processes != job.tp:
         return Budget()
-    plans = plans_of(job, options)
+    plans = plans_by_percentage([0.0] * job.config.num_blocks, options["percentages"])
     lengths = options["batch"], options["prompt_len"], options["new_tokens"]
     predicted = Prediction(job.config, gpu(job.gpu), lambda payload: 0.0, job.tp, *lengths)
     once = predicted.time("ttft", 0).total + options["new_tokens"] * predicted.time("tpot", 0).total
@@ -281,9 +301,11 @@ def stages(experiment: Path, model: str | None, tp: int, processes: int, per_nod
     dropped, found = parse_budget(sections.get("plan", {}).get("budget", "100%"), config.num_blocks), {}
     for stage in ("sensitivity", *(name for name in sections if name not in ("common", "plan", "sensitivity"))):
         known = {each.name: each.default for each in COMMANDS[stage].options} if stage in COMMANDS else {}
-        options = known | sections["common"] | sections.get(stage, {})
+        options = known | sections["common"] | sections.get(stage, {}) | {"model": model}
+        given = options.get("percentages")
+        options["percentages"] = percentages(given) if isinstance(given, str) else given
         seq_len = options.get("seq_len") or min(config.max_positions, LONGEST_DEFAULT)
-        job = Job(config.padded(tp), tp, processes, per_node, seq_len, gpu)
+        job = Job(config.padded(tp), tp, processes, per_node, seq_len, gpu, options.get("matmul", "tf32"))
         found[stage] = stage_budget(stage, job, options, dropped)
     return found
 
@@ -313,6 +335,7 @@ def table(gpu: str = "a100") -> dict:
                 fits = found.device_bytes <= gpu_memory(gpu)
                 rows.append({"model": model, "gpus": gpus, "repair": name, **vars(found), "fits": fits})
     setting = {"gpu": gpu, "device_bytes": gpu_memory(gpu), "tp": TP, "windows": WINDOWS, "seq_len": SEQ_LEN}
+    setting |= {"matmul": job.matmul}
     return setting | {"rows": rows}
 
 
@@ -342,7 +365,7 @@ def say_stages() -> None:
         found = stages(o.experiment, o.model, o.tp, o.processes, o.processes // o.nodes, o.gpu)
     except SPDError as error:
         sys.exit(str(error))
-    print(f"Estimated, not measured, on {o.processes} {o.gpu} at {UTILISATION:.0%} of their peak:")
+    print(f"Estimated, not measured, on {o.processes} {o.gpu} at {UTILISATION:.0%} of the data sheet's peak:")
     for stage, each in found.items():
         print(f"  {stage:12}{words(each)}")
     print(f"  {'in all':12}{words(Budget(sum(each.seconds for each in found.values())))}".rstrip("; "))

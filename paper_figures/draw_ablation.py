@@ -91,7 +91,7 @@ def _budget(record: Record) -> Table:
     caption = (
         f"Reckoned, not measured: all blocks of a model repaired on {result['windows']} windows of {result['seq_len']}"
         f" tokens at tp={result['tp']}, on {result['gpu']} GPUs of {number(record, 'result', 'device_bytes') / GIB:.0f}"
-        " GiB at half their peak in float32."
+        f" GiB at half their peak, products of repairs in {result['matmul'].upper()}."
     )
     return Table("budget", caption, frame, [record], ".0f")
 

@@ -83,22 +83,22 @@ class DroppedBlock:
         """Sum (B, T, D) of what is pending on all shards."""
         return self.shards.all_reduce(stream.pending.sum(0), POINT)
 
-    def features(self, batch: Batch, attention: bool = False) -> tuple[Tensor, Tensor]:
-        """Inputs (S, B, T, p) of the down projections, and with `attention` of the output projections too.
+    def features(self, batch: Batch, attention: bool = False) -> Tensor:
+        """Inputs (S, B, T, p) of the down projections, and with `attention` of the output projections too."""
+        activations = self.block.mlp.activations(self.block.mlp_norm(self.attended(batch).read()))
+        return torch.cat((activations, batch.mixed), -1) if attention else activations
 
-        Also what the block's output lacks of its target (B, T, D).
-        """
-        stream, mlp = self.attended(batch), self.block.mlp
-        activations = mlp.activations(self.block.mlp_norm(stream.read()))
-        stream = stream.produce(mlp.down(activations), mlp.down.bias)
-        missing = batch.target - stream.x - self.pending(stream)
-        return torch.cat((activations, batch.mixed), -1) if attention else activations, missing
+    def missing(self, batch: Batch, features: Tensor) -> Tensor:
+        """What the block's output, given the features of `features`, lacks of its target (B, T, D)."""
+        down = self.block.mlp.down
+        stream = self.attended(batch).produce(down(features[..., : down.weight.shape[2]]), down.bias)
+        return batch.target - stream.x - self.pending(stream)
 
     def error(self) -> float:
         """Mean squared error of the block's output on `ERROR_TOKENS` tokens, the same number on every process."""
         total = count = 0
         for batch in self.batches(ERROR_TOKENS):
-            missing = self.features(batch)[1]
+            missing = self.missing(batch, self.features(batch))
             total += missing.double().square().sum()
             count += missing.numel()
         self.progress(1)

@@ -113,7 +113,7 @@ def plan(session: Session) -> None:
 
 @command(
     *(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, *SENT, *CALIBRATION, *THRESHOLDS, *REPAIR, *TASKS),
-    option("--strategies", "Recipes: zs (nothing is repaired), b2b, b2b+hg, closed-form, best.", default="zs"),
+    option("--strategies", "Of zs, b2b, b2b+hg, closed-form, best; as closed-form@50/100 at these %%.", default="zs"),
     option("--calibration-text", "Text to repair on, where not the one measured on.", metavar="FILE|NAME"),
 )
 def sweep(session: Session) -> None:
@@ -124,22 +124,22 @@ def sweep(session: Session) -> None:
     """
     from spd.distill import identity_of
     from spd.evaluate import perplexity
-    from spd.planner import plans_by_percentage, read_sensitivity, thresholds
-    from spd.sweep import BY_CLASS, ZERO_SHOT, Repairer, Sweep, parse_strategies, sweep_recipes
+    from spd.planner import read_sensitivity, thresholds
+    from spd.sweep import BY_CLASS, ZERO_SHOT, Repairer, Sweep, parse_strategies, points_of, sweep_recipes
 
     o, accuracy, is_main = session.options, session.accuracy(), session.runtime.is_main
-    names, model = parse_strategies(o.strategies), session.load()
+    strategies, model = parse_strategies(o.strategies), session.load()
     document = read_sensitivity(o.sensitivity, model.fingerprint, o.tp)
     measured, taus = document["sensitivity"], thresholds(document, o.tau1, o.tau2)
-    if taus == (None, None) and any(BY_CLASS.get(name) for name in names):
+    if taus == (None, None) and any(BY_CLASS.get(name) for name in strategies):
         raise SPDError("Scores give no classes, which b2b and b2b+hg go by; measure sensitivities without --fast.")
     data, described, learnt = session.windows(model), model.describe(), None
-    if names != [ZERO_SHOT]:
+    if [*strategies] != [ZERO_SHOT]:
         learnt = session.calibration(model, o.calibration_text).tokens
     load = partial(session.load, "float32")
     repairer = Repairer(load, identity_of(model), learnt, o.repairs, is_main, session.progress)
     paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
-    recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed)
+    recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed, o.matmul)
     if accuracy is not None:
         accuracy.compare_with(model)
     del model  # the curve reads it afresh for repairs, and two do not fit where one hardly does
@@ -150,10 +150,10 @@ def sweep(session: Session) -> None:
         return {"perplexity": found["perplexity"], "nats": found["nats"]} | scores
 
     kept = o.repairs / f"points-{session.question_without('percentages', 'strategies')}.json"
-    with session.progress(len(names) * len(plans_by_percentage(measured, o.percentages)), "points") as progress:
+    with session.progress(len(points_of(strategies, measured, o.percentages)), "points") as progress:
         sent = (o.bits, o.bits_plain, o.group)
         sweep = Sweep(measured, repairer, recipes, *taus, session.load, sent)
-        found = sweep.curve(names, o.percentages, evaluate, progress, kept)
+        found = sweep.curve(strategies, o.percentages, evaluate, progress, kept)
     result = {"curve": found, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
     session.publish(result, described, data.describe())
 
@@ -179,7 +179,7 @@ def distill(session: Session) -> None:
     o = session.options
     if o.out is None:
         raise SPDError("A repair needs a folder of its own: --out DIR.")
-    names = ("epochs", "learning_rate", "optimizer", "joint_epochs", "generated")
+    names = ("epochs", "learning_rate", "optimizer", "joint_epochs", "generated", "matmul")
     named = one_of("strategy", o.strategy, PAPER) if o.recipe == "paper" else o.recipe
     recipe = recipe_named(named, o.seed, **{name: getattr(o, name) for name in names})
     model = session.load()

@@ -234,7 +234,8 @@ def refit(dropped: DroppedBlock, attention: bool = False, ridge: float | None = 
     joint = shards.world == 1 and count <= JOINT_FEATURES
 
     def pair(batch: Batch) -> tuple[Tensor, Tensor]:
-        features, missing = dropped.features(batch, attention)
+        features = dropped.features(batch, attention)
+        missing = dropped.missing(batch, features)
         if joint:
             return torch.cat(tuple(features), -1)[None], missing[None]  # (1, B, T, S p)
         return features, missing.expand(shards.k, -1, -1, -1)
@@ -246,7 +247,7 @@ def refit(dropped: DroppedBlock, attention: bool = False, ridge: float | None = 
         """Cross moments (S, D, p) of the features with what the coefficients (S, D, p) predict from all of them."""
         cross = torch.zeros_like(coefficients)
         for batch in dropped.batches():
-            features = dropped.features(batch, attention)[0].float().flatten(1, 2)
+            features = dropped.features(batch, attention).float().flatten(1, 2)
             prediction = shards.all_reduce((features @ coefficients.mT.float()).sum(0), POINT)
             cross += prediction.mT @ features
         return cross

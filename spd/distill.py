@@ -6,7 +6,9 @@ teacher's hidden states; `closed-form` and `best` feed it what the blocks repair
 `best` trains all of them together at the end.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -54,6 +56,7 @@ class Recipe:
     generated: int = 0  # windows that the original model writes itself, to train on besides the calibration text
     students_inputs: bool = False  # a block learns on what the repaired ones before it give, not on the teacher's
     insensitive_as_is: bool = False  # nothing is done to in-sensitive blocks
+    matmul: str = "tf32"  # how a GPU multiplies in float32, if it can; "fp32": with nothing shorter inside
     seed: int = 0
 
     def __post_init__(self):
@@ -90,8 +93,10 @@ RECIPES = {
 }
 
 
-def recipe_named(name: str, seed: int = 0, epochs=None, joint_epochs=None, generated=None, **schedules) -> Recipe:
-    """One of `RECIPES`, changed where a number is given; `schedules` are `learning_rate` and `optimizer` of both.
+def recipe_named(
+    name: str, seed: int = 0, epochs=None, joint_epochs=None, generated=None, matmul=None, **schedules
+) -> Recipe:
+    """One of `RECIPES`, changed where something is given; `schedules` are `learning_rate` and `optimizer` of both.
 
     Raises SPDError: an unknown name, or an impossible number.
     """
@@ -103,7 +108,7 @@ def recipe_named(name: str, seed: int = 0, epochs=None, joint_epochs=None, gener
 
     block = changed(recipe.block, epochs=epochs, **schedules)
     joint = changed(recipe.joint, epochs=joint_epochs, **schedules)
-    return changed(recipe, block=block, joint=joint, generated=generated, seed=seed)
+    return changed(recipe, block=block, joint=joint, generated=generated, matmul=matmul, seed=seed)
 
 
 def split(windows: int) -> int:
@@ -150,6 +155,22 @@ def arguments_of(identity: dict, tokens: Tensor, document: dict, recipe: Recipe)
 # ---------------------------------------------------------------- algorithm 1
 
 
+def in_precision_of_recipe(repair: Callable) -> Callable:
+    """Meanwhile a GPU takes products of float32 in TF32 if it has that and the recipe says so; CPUs never do."""
+
+    @wraps(repair)
+    def repairing(model: SPDModel, tokens: Tensor, document: dict, recipe: Recipe, *arguments, **named) -> dict:
+        before, on_gpu = torch.get_float32_matmul_precision(), model.transformer.embedding.weight.is_cuda
+        torch.set_float32_matmul_precision("high" if on_gpu and recipe.matmul == "tf32" else "highest")
+        try:
+            return repair(model, tokens, document, recipe, *arguments, **named)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return repairing
+
+
+@in_precision_of_recipe
 def distill(
     model: SPDModel,
     tokens: Tensor,

@@ -97,6 +97,7 @@ OUTPUT = (
 # ---------------------------------------------------------------- options that several commands share
 
 DEVICE = partial(one_of, "device", known=("cpu", "cuda"))
+MATMUL = partial(one_of, "matmul", known=("tf32", "fp32"))
 DTYPE = partial(one_of, "dtype", known=("float32", "bfloat16", "float16"))
 COMPUTE = (
     option("--device", "cpu or cuda (one GPU a process).", DEVICE, "cpu"),
@@ -152,6 +153,7 @@ REPAIR = (
     option("--learning-rate", "Adam's, or its share of each weight's size (best).", float),
     option("--joint-epochs", "Passes of all dropped blocks together, towards the logits (best).", int),
     option("--generated", "Windows that the model writes itself to learn from besides the text (best).", int),
+    option("--matmul", "Float32 products of repairs on GPUs: tf32 where the card has it, or fp32.", MATMUL, "tf32"),
 )
 CALIBRATION = (
     option("--calibration", "Windows to repair on: the first, which --skip must pass over.", at_least(2), 128),

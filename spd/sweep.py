@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from spd.distill import Recipe, arguments_of, distill, recipe_named, total_steps
 from spd.errors import one_of
 from spd.evaluate import Progress, silent
 from spd.launch import bar
+from spd.options import percentages
 from spd.plan import Plan
 from spd.planner import TAU1, TAU2, make_plan, plans_by_percentage
 from spd.pretrained import SPDModel
@@ -27,15 +28,28 @@ BY_PLAN = ("closed-form", "best")  # each of these recipes repairs a block for t
 STRATEGIES = (*BY_CLASS, *BY_PLAN)
 
 
-def parse_strategies(spec: str) -> list[str]:
-    """Names of recipes from a list like `zs,b2b`."""
-    return list(dict.fromkeys(one_of("strategy", name.strip(), STRATEGIES) for name in spec.split(",")))
+Strategies = Mapping[str, list[float] | None]  # recipe -> percentages of its own, where it has some
 
 
-def sweep_recipes(paper: dict, best: dict, seed: int = 0) -> dict[str, Recipe]:
+def parse_strategies(spec: str) -> Strategies:
+    """Names of recipes from a list like `zs,b2b,closed-form@50/100`, the last at percentages of its own."""
+    found = {}
+    for part in spec.split(","):
+        name, _, own = part.strip().partition("@")
+        found[one_of("strategy", name, STRATEGIES)] = percentages(own.replace("/", ",")) if own else None
+    return found
+
+
+def points_of(strategies: Strategies, sensitivity: list[float], common: list[float] | None) -> list[tuple[str, Plan]]:
+    """Each strategy with each plan it is for: at its own percentages, else at the `common` ones."""
+    plans = {name: plans_by_percentage(sensitivity, own or common).values() for name, own in strategies.items()}
+    return [(name, plan) for name, some in plans.items() for plan in some]
+
+
+def sweep_recipes(paper: dict, best: dict, seed: int = 0, matmul: str = "tf32") -> dict[str, Recipe]:
     """The recipes by name, some of their numbers changed, as `recipe_named` takes them."""
     changes = {"b2b": paper, "b2b+hg": paper, "closed-form": {}, "best": best}
-    return {name: recipe_named(name, seed, **given) for name, given in changes.items()}
+    return {name: recipe_named(name, seed, matmul=matmul, **given) for name, given in changes.items()}
 
 
 @dataclass(frozen=True)
@@ -102,20 +116,20 @@ class Sweep:
 
     def curve(
         self,
-        recipes: list[str],
+        strategies: Strategies,
         percentages: list[float] | None,
         evaluate: Callable[[SPDModel], dict],
         progress: Progress = silent,
         kept: Path | None = None,
     ) -> list[dict]:
-        """Points of every recipe: `strategy` (its name), `blocks`, `percent`, `plan`, and what `evaluate` gives.
+        """Points of every strategy: `strategy` (its name), `blocks`, `percent`, `plan`, and what `evaluate` gives.
 
         First all is repaired; then points are evaluated, those whose plan and repaired blocks are the same once.
         Scores are `kept` in a file after each, so that an interrupted sweep goes on; its path must be named by all
         that they depend on. `progress` is told of each point.
         """
-        plans = plans_by_percentage(self.sensitivity, percentages).values()
-        repaired = [(name, plan, self.files(name, plan)) for name in recipes for plan in plans]
+        asked = points_of(strategies, self.sensitivity, percentages)
+        repaired = [(name, plan, self.files(name, plan)) for name, plan in asked]
         scores = (read_json(kept, dict[str, dict]) if kept else None) or {}
         points, model, loaded = [], None, frozenset()
         for name, plan, files in repaired:

@@ -84,6 +84,7 @@ def note(owner, name: str, counted: bool) -> None:
         before = GPU.counts.copy()
         found = function(*arguments, **named)
         spent = {what: GPU.counts[what] - before[what] for what in GPU.counts}
+        spent["tf32"] = torch.get_float32_matmul_precision() == "high"
         NOTED.setdefault(name.strip("_"), []).append(spent if counted else GPU.live)
         return found
 

@@ -19,7 +19,7 @@ from spd.launch import Runtime, spawn
 from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.repairs import Repairs
-from spd.sweep import Repairer, Sweep, sweep_recipes
+from spd.sweep import Repairer, Sweep, parse_strategies, sweep_recipes
 from spd.training import Diverged, Schedule
 
 TOKENS = torch.randint(3, 96, (12, 16), generator=torch.Generator().manual_seed(3))
@@ -166,7 +166,7 @@ def test_one_repair_serves_every_percentage(folder, tmp_path):
     """By the paper's recipe a block's repair does not depend on which other blocks are dropped."""
     recipes = sweep_recipes({"epochs": 1, "learning_rate": 1e-3}, {})
     sweep = Sweep([1.0, 0.0, 2.0], repairer(folder, tmp_path / "repairs"), recipes, 0.5, 1.5)  # SB, ISB, ESB
-    points = sweep.curve(["b2b+hg"], None, scores)
+    points = sweep.curve(parse_strategies("b2b+hg"), None, scores)
     assert {path.name[:-9] for path in (tmp_path / "repairs").iterdir()} == {"b2b-SB", "b2b+hg-ESB"}
     for point, letters in zip(points, ("FF FF FF", "FF DF FF", "DF DF FF", "DF DF DF"), strict=True):
         model = SPDModel.from_pretrained(folder, 4)
@@ -188,7 +188,7 @@ def test_a_sweep_evaluates_in_another_type_than_it_repairs_in(folder, tmp_path):
         return SPDModel.from_pretrained(folder, tp=4, dtype="bfloat16")
 
     sweep = Sweep([1.0, 0.0, 2.0], repairer(folder, tmp_path / "repairs"), recipes, 0.5, 1.5, load)
-    (point,) = sweep.curve(["b2b"], [100.0], evaluate)
+    (point,) = sweep.curve(parse_strategies("b2b"), [100.0], evaluate)
     assert met == [torch.bfloat16]
     assert point["plan"] == "DF DF DF"
 
@@ -379,7 +379,7 @@ def test_other_numbers_are_another_repair_beside_the_first(plain, text_of_words,
     for epochs in (1, 2, 1):
         recipes = sweep_recipes({"epochs": epochs, "learning_rate": 1e-3}, {})
         sweep = Sweep([0.3, 0.1, 0.2], repairer(plain, tmp_path, tokens), recipes, -1.0, 10.0)
-        sweep.curve(["b2b"], [100], scores)
+        sweep.curve(parse_strategies("b2b"), [100], scores)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -393,14 +393,17 @@ def test_points_alike_are_evaluated_once_and_all_are_listed(folder, tmp_path):
 
     recipes = sweep_recipes({"epochs": 1, "learning_rate": 1e-3}, {})
     sweep = Sweep([1.0, 0.0, 2.0], repairer(folder, tmp_path / "repairs"), recipes, 0.5, 1.5)  # SB, ISB, ESB
-    points = sweep.curve(["zs", "b2b", "b2b+hg"], None, evaluate, kept=tmp_path / "points.json")
+    points = sweep.curve(parse_strategies("zs,b2b,b2b+hg"), None, evaluate, kept=tmp_path / "points.json")
     none, one, two, three = "FF FF FF", "FF DF FF", "DF DF FF", "DF DF DF"
     assert evaluated == [none, one, two, three, two, three, three]  # b2b+hg differs at the last block alone
     assert [(p["strategy"], p["blocks"], p["plan"]) for p in points] == [
         (name, blocks, plan) for name in ("zs", "b2b", "b2b+hg") for blocks, plan in enumerate((none, one, two, three))
     ]
     assert points[1]["perplexity"] == points[5]["perplexity"] and points[2]["perplexity"] != points[6]["perplexity"]
-    assert sweep.curve(["b2b", "zs"], None, None, kept=tmp_path / "points.json") == [*points[4:8], *points[:4]]
+    again = sweep.curve(parse_strategies("b2b,zs@0/100"), None, None, kept=tmp_path / "points.json")
+    assert again == [*points[4:8], points[0], points[3]]
+    with pytest.raises(SPDError, match="'50%' is not a list of percentages"):
+        parse_strategies("zs,closed-form@50%")
     (tmp_path / "points.json").write_text("[]")
     with pytest.raises(SPDError, match="points.json does not hold .*remove it"):
-        sweep.curve(["zs"], None, evaluate, kept=tmp_path / "points.json")
+        sweep.curve(parse_strategies("zs"), None, evaluate, kept=tmp_path / "points.json")

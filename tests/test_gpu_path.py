@@ -80,3 +80,8 @@ def test_a_distillation_step_reads_its_loss_alone(ranks):
     assert sorted({step["kernels"] for step in steps}) == [140, 152]
     assert {step["to_gpu"] for step in steps} == {2 * 2048 * 8192 * 4}
     assert not any(step["from_gpu"] for step in steps)
+
+
+def test_repairs_alone_multiply_in_tf32(ranks):
+    assert {step["tf32"] for step in ranks[0]["b2b+hg"]["noted"]["step"]} == {True}
+    assert {step["tf32"] for step in ranks[0]["bench"]["noted"]["decode"]} == {False}
