@@ -262,8 +262,7 @@ def refit(dropped: DroppedBlock, attention: bool = False, ridge: float | None = 
         change = moments.solve(ridge)[0].unflatten(1, (shards.k, -1)).movedim(1, 0)
     else:
         change = conjugate_gradients(moments, ridge, apply, lambda size: shards.all_reduce(size, POINT), SWEEPS)
-    neurons = down.shape[2]
-    down.copy_(down.double() + change[..., :neurons])
+    down.copy_(down.double() + change[..., : down.shape[2]])
     if attention:
-        out.copy_(out.double() + change[..., neurons:])
+        out.copy_(out.double() + change[..., down.shape[2] :])
     return ridge
