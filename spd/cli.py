@@ -80,13 +80,15 @@ def sensitivity(session: Session) -> None:
     points and in nats (which compare across models). With --fast instead scores, which rank and are no perplexities.
     """
     from spd.plan import Plan
-    from spd.sensitivity import scores
+    from spd.sensitivity import block_evaluations, scores
     from spd.sensitivity import sensitivity as measure
 
     o, model = session.options, session.load()
     policies = [pair[0] for pair in Plan.from_policies((name, name) for name in o.policies.split(",")).blocks]
     data = session.windows(model)
-    with session.progress(len(data.tokens), "windows") as progress:
+    blocks = len(model.transformer.blocks)
+    of_a_window, unit = (2 * blocks, "sync points") if o.fast else (block_evaluations(blocks), "blocks")
+    with session.progress(len(data.tokens) * of_a_window, unit) as progress:
         asked = (model.transformer, data.tokens)
         result = scores(*asked, policies, progress) if o.fast else measure(*asked, progress)
     session.publish(result, model.describe(), data.describe())

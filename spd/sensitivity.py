@@ -29,6 +29,8 @@ def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = silent)
     Block i's sensitivity compares SPD and TP in block i while the blocks before it are TP and those after it
     SPD, so it is the difference of two neighbours; the TP prefix is shared by all and run once.
 
+    `progress` is told of blocks run, `block_evaluations` of each window.
+
     Gives `perplexity_from` (L + 1), `sensitivity` (L, perplexity points), `sensitivity_nats` (L), `tokens`,
     `windows`, `block_evaluations` (of each batch).
     """
@@ -49,7 +51,7 @@ def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = silent)
             totals[i] += found
             if i < blocks:
                 prefix = model.run_block(i, prefix, TP_BLOCK, context)
-        progress(len(batch))
+            progress(len(batch) * (blocks - i + (i < blocks)))
     scores = [summary(total, predictions) for total in totals]
     curve, nats = [s["perplexity"] for s in scores], [s["nats"] for s in scores]
     return {
@@ -68,14 +70,14 @@ def scores(model: Transformer, tokens: Tensor, policies: Sequence[Policy], progr
     A score is the root of the mean over tokens of (g . delta)^2. delta (D,) is the change that the policy makes, on
     the original's inputs, to a token's stream where everything is next synchronised: one sync point later. g is the
     gradient there of the loss in nats, summed over predictions. What the last MLP point leaves is flushed: it scores 0.
+    `progress` is told of sync points, 2 L of each window.
 
     Gives `scores` of each point (`attention`, `mlp`), policy and block, `tokens`, `windows`.
     """
     points = 2 * len(model.blocks)
     squares = torch.zeros(len(policies), points, dtype=torch.double)
     for batch in batches(tokens):
-        squares += _squares(model, batch.to(model.embedding.weight.device), policies)
-        progress(len(batch))
+        squares += _squares(model, batch.to(model.embedding.weight.device), policies, progress)
     found = (squares / tokens.numel()).sqrt()
     if not found.isfinite().all():
         raise SPDError("The scores are not finite.")
@@ -87,7 +89,7 @@ def scores(model: Transformer, tokens: Tensor, policies: Sequence[Policy], progr
     return {"scores": by_point, "tokens": predictions, "windows": tokens.shape[0]}
 
 
-def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy]) -> Tensor:
+def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy], progress: Progress) -> Tensor:
     """Sums over tokens of (g . delta)^2, of every policy at every sync point: (policies, 2 L), of windows (B, T)."""
     shards, produced, synced = model.shards, [], []
     with torch.enable_grad():
@@ -110,6 +112,8 @@ def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy]) -> T
                 changed = shards.sync(before, policy, POINTS[n % 2])
                 delta = shards.flush(_produce(model, n + 1, changed, context)).x - synced[n + 1]
                 row[n] = (gradient * delta).sum(-1, dtype=torch.double).square().sum()
+            progress(len(batch))
+    progress(len(batch))  # the last point
     return squares
 
 

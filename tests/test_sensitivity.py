@@ -62,11 +62,14 @@ def test_the_common_prefix_runs_once(words):
     assert block_evaluations(80) == 3320
 
 
-def test_progress_counts_windows(words):
+def test_progress_counts_blocks_and_sync_points(words):
     model, tokens = words
     done = []
     sensitivity(model.transformer, tokens, done.append)
-    assert sum(done) == len(tokens)
+    assert sum(done) == len(tokens) * block_evaluations(3) and len(done) == 4
+    done.clear()
+    scores(model.transformer, tokens, [DROP], done.append)
+    assert sum(done) == len(tokens) * 2 * 3 and len(done) == 6
 
 
 def test_a_broken_model_is_said(words):
