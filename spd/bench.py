@@ -18,7 +18,7 @@ import torch
 from spd.checkpoint import Checkpoint
 from spd.comm import Collective, Link, Shards
 from spd.config import named_shape
-from spd.engines import Compiled, Eager, clock, floors, measure
+from spd.engines import Compiled, Eager, by_events, clock, floors, measure
 from spd.errors import SPDError, one_of
 from spd.launch import Runtime, bar, cores, nccl_settings, spawn
 from spd.machines import timed_passes
@@ -119,11 +119,17 @@ class Sample(NamedTuple):
 
     ttft: float  # seconds
     tpot: float | None
-    collectives: dict[str, Collective]  # of the prefill
+    collectives: dict[str, Collective]  # of the prefill; on GPUs of one more
 
-    def spent(self) -> dict[str, float]:
-        """Seconds of the collectives by sync point, of those that were timed."""
+    def spent(self, silent: "Sample | None") -> dict[str, float]:
+        """Seconds of the collectives by sync point; a point that was not timed is left out.
+
+        Those that a graph replays no clock sees: what all take is TTFT over that of `silent`, shared out by bytes.
+        """
         timed = {point: one for point, one in self.collectives.items() if one.real_seconds is not None}
+        if silent is not None and len(timed) < len(self.collectives):
+            more = (self.ttft - silent.ttft) / sum(one.bytes for one in self.collectives.values())
+            return {point: more * one.bytes for point, one in self.collectives.items()}
         return {point: one.real_seconds + one.emulated_seconds for point, one in timed.items()}
 
 
@@ -156,9 +162,10 @@ def bench(runtime: Runtime, timed: Timed, settings: BenchSettings) -> dict:
     for case in (*plans, *bounds.values()):
         syncs = 0 if case.silent else case.plan.syncs()
         floor[case] = floors(rates, passes, link, syncs, case.plan.rounded(width, timed.tp))
-    rows = {case: row_of(case, taken) | {"floor": floor[case]} for case, taken in samples.items()}
+    rows = {case: row_of(case, taken, samples[silent]) | {"floor": floor[case]} for case, taken in samples.items()}
     for case, taken in samples.items():
-        rows[case] |= {} if case.plan.rounded(width, timed.tp) else saved(samples.get(full, taken), taken)
+        few_bits = case.plan.rounded(width, timed.tp)
+        rows[case] |= {} if few_bits else saved(samples.get(full, taken), taken, samples[silent])
     note = model.config.padding_note(timed.tp)
     found = {"rates": rates.document()} | ({"note": note} if note else {})
     if settings.alone:
@@ -200,13 +207,16 @@ def _once(engine: Eager | Compiled, new_tokens: int) -> Sample:
     for _ in range(new_tokens):
         engine.decode()
     last = clock(prompt)
+    if prompt.is_cuda and isinstance(engine, Eager):
+        collectives = by_events(engine)
     return Sample(first - start, (last - first) / new_tokens if new_tokens else None, collectives)
 
 
-def row_of(case: Case, samples: Sequence[Sample]) -> dict:
+def row_of(case: Case, samples: Sequence[Sample], silent: Sequence[Sample] | None = None) -> dict:
     """What was measured of a case. The collectives are those of the (lower) median TTFT: a part of a time really taken.
 
-    None is what was not measured: TPOT without new tokens, the times of collectives on GPUs.
+    On GPUs they are those of a pass of their own after it. None is what was not measured: TPOT without new tokens, and
+    the time of each collective that a graph replays. `silent` are the same repetitions without any, if there are such.
     """
     typical = sorted(samples, key=lambda sample: sample.ttft)[(len(samples) - 1) // 2]
     collectives = {}
@@ -214,7 +224,7 @@ def row_of(case: Case, samples: Sequence[Sample]) -> dict:
         real_ms = None if one.real_seconds is None else 1e3 * one.real_seconds
         emulated_ms = 1e3 * one.emulated_seconds
         collectives[point] = {"count": one.count, "bytes": one.bytes, "real_ms": real_ms, "emulated_ms": emulated_ms}
-    spent = [sum(s.spent().values()) if len(s.spent()) == len(s.collectives) else None for s in samples]
+    spent = [sample.spent(other) for sample, other in zip(samples, silent or [None] * len(samples), strict=True)]
     return {
         "plan": str(case.plan),
         "group": case.plan.group,
@@ -222,7 +232,7 @@ def row_of(case: Case, samples: Sequence[Sample]) -> dict:
         "communicates": not case.silent,
         "ttft_ms": spread([sample.ttft for sample in samples]),
         "tpot_ms": spread([sample.tpot for sample in samples]),
-        "communication_ms": spread(spent),
+        "communication_ms": spread([sum(s.values()) if s.keys() == collectives.keys() else None for s in spent]),
         "collectives": collectives,
     }
 
@@ -235,14 +245,15 @@ def spread(seconds: Sequence[float | None]) -> dict | None:
     return {"median": median, "spread": upper - lower, "min": least, "repeats": len(seconds)}
 
 
-def saved(full: Sequence[Sample], samples: Sequence[Sample]) -> dict:
+def saved(full: Sequence[Sample], samples: Sequence[Sample], silent: Sequence[Sample] | None = None) -> dict:
     """TTFT saved against `full` of the same repetition, and the time in it of the all-reduces left out; medians.
 
-    That time is the mean of their sync point. Nothing where no all-reduce is left out, or none is timed (GPUs).
+    That time is the mean of their sync point. Nothing where no all-reduce is left out, or nothing says what they take.
     """
     kept = {point: one.count for point, one in samples[0].collectives.items()}
     left_out = {point: 1 - kept.get(point, 0) / one.count for point, one in full[0].collectives.items()}
-    removed = np.median([sum(left_out[p] * seconds for p, seconds in one.spent().items()) for one in full])
+    spent = [one.spent(other) for one, other in zip(full, silent or [None] * len(full), strict=True)]
+    removed = np.median([sum(left_out[point] * seconds for point, seconds in each.items()) for each in spent])
     gained = np.median([one.ttft - other.ttft for one, other in zip(full, samples, strict=True)])
     if not removed > 0:
         return {}

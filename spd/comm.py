@@ -61,7 +61,7 @@ class Collective:
 
     count: int = 0
     bytes: int = 0
-    real_seconds: float | None = None  # None where none was timed: a GPU's collective is only launched here
+    real_seconds: float | None = None  # None where none was timed: a GPU's is only launched here, see `Shards.events`
     emulated_seconds: float = 0.0
 
 
@@ -116,6 +116,7 @@ class Shards:
     link: Link | None = None
     silent: bool = False
     collectives: dict[str, Collective] = field(default_factory=lambda: defaultdict(Collective))
+    events: list[tuple] | None = None  # a list takes, of each collective on a GPU, its point and events round it
 
     def __post_init__(self):
         if self.tp % self.world:
@@ -241,8 +242,15 @@ class Shards:
     @contextmanager
     def _counted(self, point: str, payload: int, emulated: float, on_gpu: bool) -> Iterator[None]:
         """Counts and times one collective; waits after it as long as a link would take."""
+        events = self.events if on_gpu else None
+        marks = [] if events is None else [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         start = time.perf_counter()
+        if marks:
+            marks[0].record()
         yield
+        if marks:
+            marks[1].record()
+            events.append((point, *marks))
         reached = time.perf_counter()
         while time.perf_counter() < reached + emulated:  # a sleep would take 100 us at the least
             pass

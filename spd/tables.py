@@ -296,6 +296,10 @@ def timings(record: Record) -> pd.DataFrame:
     frame["repeats"] = column(record, "plans", "ttft_ms", "repeats")
     for key in ("real_ms", "emulated_ms"):
         frame[key] = [_of_all_points(record, i, key) for i in frame.index]
+    together = [
+        (plan.get("communication_ms") or {}).get("median") for plan in plans
+    ]  # of a graph's they alone are known
+    frame["real_ms"] = frame["real_ms"].fillna(pd.Series(together, dtype=float))
     frame["compute_ms"] = frame["ttft_median_ms"] - frame["real_ms"] - frame["emulated_ms"]  # NaN where a part is
     for i in frame.index[frame["compute_ms"] < 0]:
         raise SPDError(f"Record {record['id']}, plan {i}: its communication takes longer than its whole median TTFT.")

@@ -3,7 +3,8 @@
     python tests/gpu_commands.py RANK WORLD FOLDER STAGE...
 
 The model has LLaMA2-70B's shape, cut to three blocks, and a checkpoint without contents. On stdout one JSON document:
-for each stage its `counts`, `collectives` in order, `peak` and `live` bytes, and what was `noted` on its way.
+for each stage its `counts`, `collectives` in order, `peak` and `live` bytes, what was `noted` on its way, and the
+`result` that the command printed.
 """
 
 import json
@@ -135,9 +136,10 @@ def main() -> None:
     for stage in stages:
         sys.argv = ["spd", *map(str, words_of(stage, model, mine, mine / "work", world))]
         GPU.start()
-        with GPU, redirect_stdout(StringIO()):
+        with GPU, redirect_stdout(StringIO()) as said:
             Session(*chosen(None)).run()
         found[stage] = {"counts": GPU.counts, "collectives": GPU.collectives, "peak": GPU.peak, "live": GPU.live}
+        found[stage]["result"] = json.loads(said.getvalue().splitlines()[-1]) if rank == 0 else None
         found[stage]["noted"] = {name: list(values) for name, values in NOTED.items()}
         NOTED.clear()
     print(json.dumps(found))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from spd.engines import CALLS, WARMUP
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("sensitivity", "b2b+hg", "closed-form", "eval", "bench", "compiled")
 MIB = 2**20
@@ -71,6 +73,22 @@ def test_a_decode_step_launches_so_many_kernels(ranks):
     steps = ranks[0]["bench"]["noted"]["decode"]
     assert max(step["kernels"] for step in steps) == 67
     assert not any(step.get(what) for step in steps for what in ("host_reads", "to_gpu", "from_gpu"))
+
+
+def test_collectives_are_timed_where_a_clock_can_see_them(ranks):
+    """Between two events of the fake GPU, 1 ms apart, in a pass of their own; a graph's by what they add to TTFT."""
+    eager, captured = (ranks[0][stage]["result"]["plans"][0] for stage in ("bench", "compiled"))
+    counts = {"attention": 3, "mlp": 3, "head": 1}
+    for row, each_ms in ((eager, 1.0), (captured, None)):
+        for point, count in counts.items():
+            real_ms = None if each_ms is None else pytest.approx(count * each_ms)
+            assert row["collectives"][point].items() >= {"count": count, "real_ms": real_ms}.items()
+    assert eager["communication_ms"]["median"] == pytest.approx(7)
+    bounds = ranks[0]["compiled"]["result"]["bounds"]
+    assert captured["communication_ms"]["repeats"] == 2
+    sums = [shape for name, shape, _ in ranks[0]["bench"]["collectives"] if name == "all_reduce"]
+    assert sums.count([128, 8192]) == (WARMUP + 1) * CALLS  # the rate of an idle one: many in a graph, replayed
+    assert bounds["no_communication"]["communication_ms"]["median"] == 0
 
 
 def test_a_distillation_step_reads_its_loss_alone(ranks):

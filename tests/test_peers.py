@@ -221,6 +221,19 @@ def test_what_no_clock_saw_is_null_and_not_zero():
     assert silent["communication_ms"]["median"] == 0 and silent["tpot_ms"]["median"] == 500
 
 
+def test_what_a_graph_s_collectives_take_is_what_a_pass_without_any_does_not():
+    """No clock sees one of them: all together are TTFT over that of the same repetition in silence, shared by bytes."""
+    full = [Sample(ttft, None, {"attention": Collective(3, 90), "mlp": Collective(3, 90)}) for ttft in (2.0, 3.0)]
+    dropped = [Sample(ttft, None, {"mlp": Collective(3, 90)}) for ttft in (1.5, 2.6)]
+    silent = [Sample(1.0, None, {}), Sample(2.2, None, {})]
+    row = row_of(Case(Plan.full(3)), full, silent)
+    assert row["communication_ms"]["median"] == pytest.approx(900) and row["communication_ms"]["repeats"] == 2
+    assert row["collectives"]["attention"]["real_ms"] is None
+    assert row_of(Case(Plan.full(3), True), silent, silent)["communication_ms"]["median"] == 0
+    found = saved(full, dropped, silent)["saved"]
+    assert found == pytest.approx({"saved_ms": 450, "removed_ms": 450, "share": 1.0})
+
+
 def test_a_replay_counts_the_collectives_of_its_capture(monkeypatch):
     """A CUDA graph runs no Python, so that its collectives would be lost from the count; this one is a stand-in."""
     shards, calls = Shards(2), []
