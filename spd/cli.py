@@ -339,7 +339,9 @@ def main(only: Command | None = None) -> None:
     except SPDError as error:
         fail(str(error), 1)
     except (KeyboardInterrupt, BrokenPipeError):  # the latter: who read the output has gone
-        sys.exit(130)
+        from spd.launch import leave
+
+        leave(130)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="spd-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from spd.comm import Link, Shards
-from spd.errors import SPDError
+from spd.errors import SPDError, short
 from spd.transport import PROCESS_GROUP, SHARED_MEMORY, ProcessGroup, SharedMemory
 
 TIMEOUT = timedelta(minutes=10)
@@ -123,7 +123,10 @@ def tracking_uri() -> str | None:
 
 @contextmanager
 def runtime(device: str = "cpu") -> Iterator[Runtime]:
-    """Joins the processes that torchrun or accelerate started, if any; leaves their group at the end."""
+    """Joins the processes that torchrun or accelerate started, if any; leaves their group at the end.
+
+    Raises SPDError where a collective fails as another process has ended, which says itself why.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), environment_rank()
     if world == 1:
         yield Runtime(device=_device(device, 0))
@@ -131,7 +134,12 @@ def runtime(device: str = "cpu") -> Iterator[Runtime]:
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
     backend, where = ("nccl", torch.device(chosen)) if device == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=where)
-    yield Runtime(rank, world, chosen)
+    try:
+        yield Runtime(rank, world, chosen)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise SPDError(f"Another process of this run ended or went silent ({short(str(error))}).") from error
     dist.destroy_process_group()  # on a clean end alone: NCCL would wait here for processes that never come
 
 

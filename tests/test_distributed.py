@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from spd.data import read_windows
 from spd.distill import distill, recipe_named
 from spd.errors import SPDError
 from spd.evaluate import perplexity
-from spd.launch import Replicas, Runtime, spawn
+from spd.launch import Replicas, Runtime, environment, spawn
 from spd.sensitivity import sensitivity
 
 TOKENS = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -180,13 +182,17 @@ def test_what_a_process_raises_reaches_the_caller():
         spawn(2, end)
 
 
-def launched(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", *launcher, "-m", "spd", *arguments]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-    }
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def launched(words: list[str]) -> subprocess.CompletedProcess:
+    """Python with these words, its processes on the loopback."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    there = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=loopback)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=there, timeout=300)
+
+
+def two_processes(*arguments: str) -> subprocess.CompletedProcess:
+    """A command under torchrun."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spd", *arguments]
+    return launched(words)
 
 
 def test_under_torchrun_rank_0_alone_writes(plain, text_of_words, tmp_path):
@@ -203,7 +209,7 @@ def test_under_torchrun_rank_0_alone_writes(plain, text_of_words, tmp_path):
         "--drop",
         "1",
     ]
-    run = launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *options, "--no-mlflow",
+    run = two_processes(*options, "--no-mlflow",
                    "--records", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json"))  # fmt: skip
     assert run.returncode == 0, run.stderr
     lines = run.stdout.strip().splitlines()
@@ -220,7 +226,7 @@ def test_under_torchrun_rank_0_alone_writes(plain, text_of_words, tmp_path):
 def test_under_torchrun_a_repair_is_the_one_of_one_process(plain, text_of_words, tmp_path, windows):
     options = ["distill", "--model", str(plain), "--tp", "4", "--text", str(text_of_words), "--seq-len", "8",
                "--windows", str(windows), "--drop", "0,2"]  # fmt: skip
-    run = launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *options, "--no-mlflow",
+    run = two_processes(*options, "--no-mlflow",
                    "--records", str(tmp_path / "runs"), "--out", str(tmp_path / "two"))  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.strip().splitlines()) == len(list((tmp_path / "runs").iterdir())) == 1
@@ -254,10 +260,56 @@ def test_torchrun_with_a_degree_that_does_not_fit(plain, text_of_words, tmp_path
         "--records",
         str(tmp_path / "r"),
     ]
-    run = launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], *options)
+    run = two_processes(*options)
     assert run.returncode != 0
     assert "tp=1 is not a multiple of the 2 processes that share it." in run.stderr
     assert not run.stdout.strip()
+
+
+FAILING = """
+import atexit, os, sys, time
+from spd.cli import main
+from spd.errors import SPDError
+from spd.model import Transformer
+
+def run_block(self, *arguments, whole=Transformer.run_block, done=[]):
+    done.append(1)
+    if len(done) == 3 and os.environ["RANK"] == "1":
+        print(f"failed at {time.time()}", file=sys.stderr, flush=True)
+        raise SPDError("This process is out of luck.")
+    return whole(self, *arguments)
+
+atexit.register(time.sleep, 600)  # as NCCL's end, which waits for processes that never come
+Transformer.run_block = run_block
+main()
+"""
+
+
+def test_where_one_process_fails_all_end_at_once_with_its_sentence(plain, text_of_words, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", tmp_path / "failing.py", "eval"]
+    command += ["--model", plain, "--tp", "3", "--text", text_of_words, "--no-mlflow", "--records", tmp_path / "r"]
+    run = launched(list(map(str, command)))
+    ended = time.time()
+    assert run.returncode != 0 and not run.stdout.strip()
+    assert "rank 1: This process is out of luck.\n" in run.stderr and "bug of spd" not in run.stderr
+    assert ended - float(re.search(r"failed at ([\d.]+)", run.stderr)[1]) < 30
+
+
+def test_an_interrupted_process_waits_for_no_other(monkeypatch):
+    """Its interpreter's end would destroy the group, and NCCL's waits."""
+    from spd import cli, launch
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    left = []
+    monkeypatch.setattr(cli, "chosen", interrupted)
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch.os, "_exit", lambda code: left.append(code) or sys.exit(code))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert left == [130]
 
 
 @pytest.mark.parametrize("fails", [False, True])
