@@ -204,7 +204,7 @@ def distill(
     found |= {"perplexity_before": _held_out(transformer, plan, windows)}
     own = recipe.students_inputs  # else a block's inputs are the teacher's, which outlive the block
     teacher = Activations.embedded(transformer, windows)
-    inputs = replace(teacher, values=teacher.values.clone()) if own else teacher
+    inputs = teacher.copy() if own else teacher
     for i in range(len(plan) if recipe.joint else max(dropped, default=-1) + 1):
         targets = teacher.through(i, TP_BLOCK, in_place=own)
         if f"block {i}" in repairs.notes:

@@ -21,6 +21,7 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 CLIP_NORM = 1.0  # of all gradients together, where the schedule is ours and not the paper's
 WARMUP = 0.05  # share of the steps
 SMALLEST_SCALE = 1e-3
+ON_GPU = 0.5  # of a GPU's free memory, at most, that streams take: training a block, and regressions, need the rest
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Windows:
 
 @dataclass(frozen=True)
 class Activations:
-    """Residual streams (W, T, D) of all windows between two blocks, with nothing pending.
+    """Residual streams (W, T, D) of all windows between two blocks, with nothing pending, in the model's dtype.
 
-    They stay on the host; a few windows at a time are moved to the model's device, in its dtype.
+    They lie on its device if two of them and what the heads gather leave a GPU half of its free memory. Else they stay
+    on the host, in memory that it does not page, and a few windows at a time are moved.
     """
 
     model: Transformer
@@ -52,16 +54,35 @@ class Activations:
     @torch.no_grad()
     def embedded(cls, model: Transformer, windows: Windows) -> "Activations":
         """What enters the first block."""
-        device = model.embedding.weight.device
-        values = [model.embed(windows.tokens[rows].to(device)).x.cpu() for rows in windows.batches()]
-        return cls(model, windows, torch.cat(values))
+        weight, shards = model.embedding.weight, model.shards
+        shape = *windows.tokens.shape, weight.shape[1]
+        kept = (2 + shards.k / shards.tp) * math.prod(shape) * weight.element_size()
+        too_many = weight.is_cuda and kept > ON_GPU * torch.cuda.mem_get_info(weight.device)[0]
+        place = {"pin_memory": True} if too_many else {"device": weight.device}
+        values = torch.empty(shape, dtype=weight.dtype, **place)
+        for rows in windows.batches():
+            values[rows] = model.embed(windows.tokens[rows].to(weight.device)).x
+        return cls(model, windows, values)
 
-    def at(self, rows: Tensor | slice) -> tuple[Stream, Context]:
+    def empty(self) -> "Activations":
+        """Others, at the same place."""
+        return replace(self, values=torch.empty_like(self.values, pin_memory=self.values.is_pinned()))
+
+    def copy(self) -> "Activations":
+        copied = self.empty()
+        copied.values.copy_(self.values)
+        return copied
+
+    def on_device(self, rows: slice) -> Tensor:
+        """Some windows (B, T, D), where the model is."""
+        return self.values[rows].to(self.model.embedding.weight, non_blocking=True)
+
+    def at(self, rows: slice) -> tuple[Stream, Context]:
         """Some windows, with their place in the sequence."""
-        stream = Stream(self.values[rows].to(self.model.embedding.weight))
+        stream = Stream(self.on_device(rows))
         return stream, self.model.context(stream)
 
-    def run(self, rows: Tensor | slice, block: int, policies: tuple[Policy, Policy]) -> Stream:
+    def run(self, rows: slice, block: int, policies: tuple[Policy, Policy]) -> Stream:
         """Some windows through a block."""
         stream, context = self.at(rows)
         return self.model.run_block(block, stream, policies, context)
@@ -69,10 +90,10 @@ class Activations:
     @torch.no_grad()
     def through(self, block: int, policies: tuple[Policy, Policy], in_place: bool = False) -> "Activations":
         """What leaves the block under `policies`, of which the MLP's must be `full`; `in_place` saves memory."""
-        out = self.values if in_place else torch.empty_like(self.values)
+        out = self if in_place else self.empty()
         for rows in self.windows.batches():
-            out[rows] = self.run(rows, block, policies).x.to(out)
-        return replace(self, values=out)
+            out.values[rows] = self.run(rows, block, policies).x
+        return out
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class Objective:
     model: Transformer
     windows: Windows
     blocks: list[int]
-    loss: Callable[[Tensor | slice], Tensor]  # mean over some windows
+    loss: Callable[[slice], Tensor]  # mean over some windows
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -117,9 +138,9 @@ class Objective:
 def towards_output(inputs: Activations, block: int, policies: tuple[Policy, Policy], targets: Activations) -> Objective:
     """One block is to map `inputs` to `targets` (mean squared error)."""
 
-    def loss(rows: Tensor | slice) -> Tensor:
+    def loss(rows: slice) -> Tensor:
         found = inputs.model.shards.flush(inputs.run(rows, block, policies)).x
-        return F.mse_loss(found.float(), targets.values[rows].to(found.device).float())
+        return F.mse_loss(found.float(), targets.on_device(rows).float())
 
     return Objective(inputs.model, inputs.windows, [block], loss)
 
@@ -131,7 +152,7 @@ def towards_logits(teacher: Activations, blocks: list[int]) -> Objective:
     """
     model, tokens = teacher.model, teacher.windows.tokens
 
-    def loss(rows: Tensor | slice) -> Tensor:
+    def loss(rows: slice) -> Tensor:
         with torch.no_grad():
             wanted = model.logits(teacher.at(rows)[0]).float().log_softmax(-1).flatten(0, 1)
         found = model(tokens[rows].to(wanted.device)).float().log_softmax(-1).flatten(0, 1)
@@ -210,8 +231,8 @@ def train(
     progress(done)
     for epoch in range(state["epoch"], schedule.epochs):
         losses = []
-        for rows in torch.randperm(windows, generator=order).split(1):
-            losses.append(_step(objective, rows, optimizer, clip=schedule.decay))
+        for window in torch.randperm(windows, generator=order).tolist():
+            losses.append(_step(objective, slice(window, window + 1), optimizer, clip=schedule.decay))
             rate.step()
             progress(1, loss=losses[-1])
         curves["loss"].append(sum(losses) / len(losses))
@@ -227,7 +248,7 @@ def train(
 
 
 @torch.enable_grad()
-def _step(objective: Objective, rows: Tensor, optimizer: torch.optim.Optimizer, clip: bool) -> float:
+def _step(objective: Objective, rows: slice, optimizer: torch.optim.Optimizer, clip: bool) -> float:
     """One step on some windows; gives the loss before it."""
     shards, sharded, replicated = objective.model.shards, objective.parameters[True], objective.parameters[False]
     try:

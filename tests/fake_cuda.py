@@ -87,6 +87,9 @@ class Gpu(TorchDispatchMode):
         if func is aten.copy_.default:
             source, target = args[1], args[0].device
         if not isinstance(source, FakeTensor) and on_gpu(target):
+            if source.is_pinned():
+                self.counts["from_pinned"] += size_of(source)
+                return None
             self.host("copy from pageable memory", "to_gpu", size_of(source))
         elif isinstance(source, FakeTensor) and target is not None and not on_gpu(target):
             self.host("copy to the host", "from_gpu", size_of(source))
@@ -156,6 +159,7 @@ class Gpu(TorchDispatchMode):
 
 
 GPU = Gpu()
+PINNED = weakref.WeakKeyDictionary()  # storages of the host that are not paged
 GRAPHS = weakref.WeakSet()  # those that are there
 
 
@@ -264,6 +268,17 @@ def patch_torch() -> None:
     torch.Generator = lambda device="cpu": generator("cpu")
     torch.tensor = lambda data, *a, device=None, **k: tensor(data, *a, **k).to(device or "cpu")
     torch.as_tensor = lambda data, *a, device=None, **k: as_tensor(data, *a, **k).to(device or "cpu")
+
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def pinned(tensor, really):
+        if really:
+            PINNED[tensor.untyped_storage()] = True
+        return tensor
+
+    torch.empty = lambda *a, pin_memory=False, **k: pinned(empty(*a, **k), pin_memory)
+    torch.empty_like = lambda *a, pin_memory=False, **k: pinned(empty_like(*a, **k), pin_memory)
+    torch.Tensor.is_pinned = lambda self: self.untyped_storage() in PINNED
 
     def listed(index):
         if isinstance(index, tuple):

@@ -107,6 +107,19 @@ def words_of(stage: str, model: Path, folder: Path, work: Path, world: int) -> l
         "eval": ["eval", *common, *text, *tasks, "--drop", "all", "--compare", "--dtype", "bfloat16"],
         "bench": [*bench, "--new-tokens", 2],
         "compiled": [*bench, "--prompt-len", 250, "--new-tokens", 10, "--compile"],  # past a multiple of 256
+        "little-memory": [
+            "distill",
+            *common,
+            *text,
+            "--recipe",
+            "paper",
+            "--epochs",
+            1,
+            "--drop",
+            "0-1",
+            "--out",
+            work,
+        ],
     }
     repaired = ["sweep", sensitivity, *common, *text, "--skip", 3, "--calibration", 3, "--tau1", 0.05, "--tau2", 10]
     repaired += ["--percentages", "0,100", "--epochs", 1, "--repairs", work]
@@ -135,6 +148,8 @@ def main() -> None:
     model = hollow_checkpoint(mine / "model")
     for stage in stages:
         sys.argv = ["spd", *map(str, words_of(stage, model, mine, mine / "work", world))]
+        if stage == "little-memory":
+            torch.cuda.mem_get_info = lambda *_: (2**20, 2**30)
         GPU.start()
         with GPU, redirect_stdout(StringIO()) as said:
             Session(*chosen(None)).run()

@@ -95,9 +95,15 @@ def test_a_distillation_step_reads_its_loss_alone(ranks):
     """Kernels of a step of one window (the second makes Adam's moments no more), and what it moves."""
     steps = ranks[0]["b2b+hg"]["noted"]["step"]
     assert {step["host_reads"] for step in steps} == {1}
-    assert sorted({step["kernels"] for step in steps}) == [140, 152]
-    assert {step["to_gpu"] for step in steps} == {2 * 2048 * 8192 * 4}
-    assert not any(step["from_gpu"] for step in steps)
+    assert sorted({step["kernels"] for step in steps}) == [138, 150]
+    assert not any(step[way] for step in steps for way in ("to_gpu", "from_gpu"))
+
+
+def test_where_streams_leave_a_gpu_too_little_they_come_from_memory_that_is_not_paged(tmp_path):
+    """Window by window, which the host need not wait for: its input and its target."""
+    steps = commands(tmp_path, 0, 8, "little-memory")["little-memory"]["noted"]["step"]
+    assert {step["from_pinned"] for step in steps} == {2 * 2048 * 8192 * 4}
+    assert not any(step.get(way) for step in steps for way in ("to_gpu", "from_gpu"))
 
 
 def test_repairs_alone_multiply_in_tf32(ranks):
