@@ -26,6 +26,7 @@ from spd.model import Transformer
 from spd.records import inside, parsed, regular, write_json
 
 CHUNK_BYTES = 16 * 2**20  # read at once, so that loading needs little beyond the weights themselves
+GATHER_BYTES = 256 * 2**20  # of all shards, likewise
 SAMPLE_BYTES = 64
 FLOATS = ("F64", "F32", "F16", "BF16")  # what weights are kept in, by safetensors' names
 PICKLES = (  # where a folder holds some: they may run any code when they are opened
@@ -298,7 +299,10 @@ def _copies_agree(model: Transformer, block: int) -> bool:
 
 
 def dense_tensors(model: Transformer, config: ModelConfig) -> Iterator[dict[str, Tensor]]:
-    """The checkpoint that the shards make up together, in the pieces that `write_weights` wants, on the host."""
+    """The checkpoint that the shards make up together, in the pieces that `write_weights` wants.
+
+    On the host of process 0; elsewhere without contents.
+    """
     shapes, outside = hf_shapes(config), {n: p for n, p in model.named_parameters() if not n.startswith("blocks.")}
     for parameters in (outside, *(block_parameters(model, i) for i in range(config.num_blocks))):
         found = {}
@@ -308,7 +312,8 @@ def dense_tensors(model: Transformer, config: ModelConfig) -> Iterator[dict[str,
                 values = _with_room(model, config, values, dim=2 if ".out." in name else 1)
             for shard, own in enumerate(values if name in model.sharded else values[None]):
                 for part, rows in _parts(config, model.shards.tp, shard, name, own):
-                    target = found.setdefault(part.name, torch.empty(shapes[part.name], dtype=rows.dtype))
+                    whole = torch.empty(shapes[part.name], dtype=rows.dtype, device=rows.device)
+                    target = found.setdefault(part.name, whole)
                     part.of(target).copy_(rows)
         yield found
 
@@ -324,9 +329,21 @@ def _with_room(model: Transformer, config: ModelConfig, values: Tensor, dim: int
 
 
 def _of_all_shards(model: Transformer, name: str, parameter: Tensor) -> Tensor:
-    """On the host: (tp, ...) where each shard has its own part, (...) where all have the same."""
-    values = parameter.detach()
-    return (model.shards.gather(values) if name in model.sharded else values).contiguous().cpu()
+    """(tp, ...) where each shard has its own part, (...) where all have the same: on the host of process 0.
+
+    It writes them; others get the shape alone. The devices gather a part at a time.
+    """
+    values, shards, sharded = parameter.detach(), model.shards, name in model.sharded
+    if shards.world == 1 or (shards.rank == 0 and not sharded):
+        return values.contiguous().cpu()
+    shape = (shards.tp, *values.shape[1:]) if sharded else values.shape
+    found = torch.empty(shape, dtype=values.dtype, device="meta" if shards.rank else "cpu")
+    rows = max(1, shape[1] * GATHER_BYTES // found.nbytes) if sharded else 0
+    for start in range(0, shape[1], rows) if sharded else ():
+        gathered = shards.gather(values[:, start : start + rows])
+        if shards.rank == 0:
+            found[:, start : start + rows] = gathered
+    return found
 
 
 # ---------------------------------------------------------------- repaired weights
@@ -339,7 +356,7 @@ def block_parameters(model: Transformer, block: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The block's parameters that differ on any shard from `before` (hosted parts), for all shards, on the host."""
+    """The block's parameters that differ on any shard from `before` (hosted parts), as `_of_all_shards` gives them."""
     found = {}
     for name, parameter in block_parameters(model, block).items():
         differs = torch.tensor([float(not torch.equal(parameter, before[name]))], device=parameter.device)

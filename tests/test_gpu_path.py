@@ -68,6 +68,13 @@ def test_a_repaired_block_leaves_nothing_behind(ranks, alone, stage):
         assert set(after) == {after[0]}
 
 
+def test_process_0_alone_takes_repaired_weights_to_its_host(ranks):
+    """A part at a time: whole tensors of all shards, listed and joined, stood twice on every GPU, and on its host."""
+    first, last = (found["b2b+hg"] for found in ranks.values())
+    assert last["counts"]["from_gpu"] < first["counts"]["from_gpu"] / 20
+    assert max(first["peak"], last["peak"]) < 6.5 * 2**30
+
+
 def test_a_decode_step_launches_so_many_kernels(ranks):
     """Of three blocks, eager, with every sync: what a launch-bound step costs. It waits for nothing, copies nothing."""
     steps = ranks[0]["bench"]["noted"]["decode"]
