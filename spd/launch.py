@@ -5,10 +5,11 @@ The only reader of environment variables; on GPUs memory is to have no holes, an
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +105,21 @@ def environment_rank() -> int:
 def nccl_settings() -> dict[str, str]:
     """Settings that decide how GPUs talk to each other."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(("NCCL_", "TORCH_"))}
+
+
+def gpu_state() -> dict[str, Any] | None:
+    """This process's peak of GPU memory (bytes), NCCL's version and the GPUs' topology; None where it uses no GPU."""
+    if not torch.cuda.is_initialized():
+        return None
+    topology = None
+    with suppress(OSError, subprocess.SubprocessError):
+        topology = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30).stdout
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "topology": topology,
+    }
 
 
 def environment(**defaults: str) -> dict[str, str]:

@@ -40,6 +40,8 @@ def make_record(command: str, config: Mapping, result: Mapping, *, started: date
     `stated` are `tp`, `plan` (letters), `reproduction`, `model` (at least `name`, `fingerprint`, `blocks`), `data`
     (`text`, `fingerprint`, `seq_len`, `windows`, `skip`); and `argv` and `seconds` where they are not this process's.
     """
+    from spd.launch import gpu_state
+
     started = started.astimezone(UTC)
     record = {
         "schema": SCHEMA,
@@ -52,6 +54,7 @@ def make_record(command: str, config: Mapping, result: Mapping, *, started: date
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
+        "gpu": gpu_state(),
         "started": started.isoformat(timespec="microseconds"),
         "seconds": (datetime.now(UTC) - started).total_seconds(),
     }

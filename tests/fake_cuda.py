@@ -258,7 +258,8 @@ def patch_torch() -> None:
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     cuda = torch.cuda
     cuda.synchronize = lambda *_: GPU.host("synchronize", "host_reads")
-    cuda.max_memory_allocated = lambda *_: GPU.peak
+    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *_: GPU.peak
+    cuda.nccl.version = lambda: (2, 27, 5)
     cuda.mem_get_info = lambda *_: (MEMORY - GPU.live, MEMORY)
     cuda.is_current_stream_capturing = lambda: GPU.graph is not None
     cuda.Stream, cuda.current_stream = Stream, lambda *_: Stream()

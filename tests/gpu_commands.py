@@ -4,7 +4,7 @@
 
 The model has LLaMA2-70B's shape, cut to three blocks, and a checkpoint without contents. On stdout one JSON document:
 for each stage its `counts`, `collectives` in order, `peak` and `live` bytes, what was `noted` on its way, and the
-`result` that the command printed.
+`result` that the command printed and `recorded` of the GPU.
 """
 
 import json
@@ -155,6 +155,8 @@ def main() -> None:
             Session(*chosen(None)).run()
         found[stage] = {"counts": GPU.counts, "collectives": GPU.collectives, "peak": GPU.peak, "live": GPU.live}
         found[stage]["result"] = json.loads(said.getvalue().splitlines()[-1]) if rank == 0 else None
+        record = mine / "records" / f"{(found[stage]['result'] or {}).get('record')}.json"
+        found[stage]["recorded"] = json.loads(record.read_text())["gpu"] if rank == 0 else None
         found[stage]["noted"] = {name: list(values) for name, values in NOTED.items()}
         NOTED.clear()
     print(json.dumps(found))

@@ -68,6 +68,12 @@ def test_a_repaired_block_leaves_nothing_behind(ranks, alone, stage):
         assert set(after) == {after[0]}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_records_its_peak_and_its_nccl(ranks, stage):
+    recorded = ranks[0][stage]["recorded"]
+    assert recorded["peak_bytes"] == ranks[0][stage]["peak"] and recorded["nccl"] == "2.27.5"
+
+
 def test_process_0_alone_takes_repaired_weights_to_its_host(ranks):
     """A part at a time: whole tensors of all shards, listed and joined, stood twice on every GPU, and on its host."""
     first, last = (found["b2b+hg"] for found in ranks.values())

@@ -43,6 +43,7 @@ def test_a_record_is_whole_strict_json_that_describes_itself(tmp_path):
     assert path.name.startswith("20200102T030405-sweep-") and path.stem == record["id"]
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))
     assert record["started"] == "2020-01-02T03:04:05.000000+00:00" and record["config"]["text"] == "t.txt"
+    assert record["gpu"] is None  # that nobody used
     assert record["hardware"]["cores"] >= 1 and record["hardware"]["cpu"] and record["versions"]["torch"]
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file left
 
