@@ -1,7 +1,7 @@
 """Records to figures and tables: sensitivity, perplexity, accuracy on tasks, time to first token, and all on one sheet.
 
-The same records give the same bytes, and every file names its records and their commits. Each `..._figure` takes
-`load_records`' records of one model and returns a matplotlib Figure with its caption below (`spd.tables` its numbers).
+The same records give the same bytes, and every file names its records and their commits. Each `..._figure` takes a
+table of `spd.tables`, which has the numbers, and returns a matplotlib Figure with its caption below.
 """
 
 import io
@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -34,15 +35,11 @@ from spd.tables import (
     machine,
     newest,
     number,
-    perplexity_table,
     provenance,
-    sensitivity_table,
     subject,
-    sweep_scores,
-    sweeps_of,
     tables,
+    tables_of,
     timing_words,
-    ttft_table,
 )
 
 BLUE, ORANGE, GREEN, RED, PURPLE, *_ = COLOURS = sns.color_palette("colorblind")
@@ -88,7 +85,7 @@ def markdown(found: Sequence[Table], title: str = TITLE) -> str:
     """Tables under their names, captions and sources."""
     parts = [title]
     for table in found:
-        caption = f"{table.caption}\n\n" if table.caption else ""
+        caption = f"{table.caption} {table.columns}".strip() + "\n\n" * bool(table.caption)
         source = f"\n\nSource: {provenance(table.records)}." if table.records else ""
         parts.append(f"## {table.name}\n\n{caption}{table.markdown()}{source}\n")
     return "\n".join(parts)
@@ -123,24 +120,22 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Of `load_records`' records every figure by its name."""
     found = {}
     for end, mine in by_subject(records):
-        for command, (name, draw) in FIGURES.items():
-            if newest(mine, command):
-                found[name + end] = draw(mine)
-        for sweep in sweeps_of(mine, tasks=True)[-1:]:
-            known = [row["task"] for row in sweep_scores(sweep, 0)]
-            named = {"average": "accuracy", "mmlu": "accuracy-mmlu"}
-            found |= {named[of] + end: accuracy_figure(mine, of) for of in named if of in known}
+        made = tables_of(mine)
+        found |= {name + end: draw(made[name]) for name, draw in FIGURES.items() if name in made}
+        for of, name in {"average": "accuracy", "mmlu": "accuracy-mmlu"}.items():
+            if "accuracy" in made and of in made["accuracy"].frame:
+                found[name + end] = accuracy_figure(made["accuracy"], of)
     for end, mine in by_subject(records, by=["model"]):
         accuracy = newest(mine, "sensitivity") or newest(mine, "sweep")
         mine = [r for r in mine if r["command"] == "bench" or not accuracy or r["tp"] == accuracy["tp"]]
-        if sum(newest(mine, command) is not None for command in FIGURES) > 1:
-            found["overview" + end] = overview_figure(mine)
+        made = [table for name, table in tables_of(mine).items() if name in FIGURES]
+        if len(made) > 1:
+            found["overview" + end] = overview_figure(made)
     return found
 
 
-def sensitivity_figure(records: Sequence[Record]) -> Figure:
-    """The paper's figure 4: bars a block in perplexity points, and in nats; needs a sensitivity record."""
-    table = sensitivity_table(records)
+def sensitivity_figure(table: Table) -> Figure:
+    """The paper's figure 4: bars a block in perplexity points, and in nats."""
     figure = canvas(min(11.0, max(6.4, 3 + 0.13 * len(table.frame))), 5.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     taus = {sign: plan["result"][key] for plan in table.records[1:] for sign, key in (("τ₁", "tau1"), ("τ₂", "tau2"))}
@@ -195,15 +190,10 @@ def axis_of_blocks(ax: Axes, blocks: float) -> None:
     top.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
 
 
-def _single(table: Table, draw: Callable[[Axes, Table], None], width: float = 6.4) -> Figure:
+def _single(panel: Callable[[Axes, Table], None], table: Table, width: float = 6.4) -> Figure:
     figure = canvas(width, 4.4)
-    draw(figure.subplots(), table)
+    panel(figure.subplots(), table)
     return finish(figure, table.caption, table.records)
-
-
-def perplexity_figure(records: Sequence[Record]) -> Figure:
-    """The lower panels of the paper's figures 7 and 8; needs a sweep record."""
-    return _single(perplexity_table(records), _perplexity_panel)
 
 
 def _perplexity_panel(ax: Axes, table: Table) -> None:
@@ -222,43 +212,40 @@ def _perplexity_panel(ax: Axes, table: Table) -> None:
     ax.legend(loc="upper left")
 
 
-def accuracy_figure(records: Sequence[Record], of: str = "average") -> Figure:
-    """The upper panels of the paper's figures 7 and 8 (`average`), and figure 9 (`mmlu`); needs sweeps with tasks."""
-    sweeps = sweeps_of(records, tasks=True)
-    put = {
-        name: task
-        for name, task in sweeps[-1]["result"]["curve"][0]["tasks"].items()
-        if (name == "mmlu") == (of == "mmlu")
-    }
+def accuracy_figure(table: Table, of: str = "average") -> Figure:
+    """The upper panels of the paper's figures 7 and 8 (`average`), and figure 9 (`mmlu`)."""
+    tasks = table.records[-1]["result"]["curve"][0]["tasks"]
+    tasks = {name: task for name, task in tasks.items() if (name == "mmlu") == (of == "mmlu")}
+    place = of if of == "average" else f"tasks.{of}"
+    columns = {"acc": "acc", "stderr": "compared.stderr", "full": "compared.acc_full"}
+    frame = curve_of(table.records, {name: f"{place}.{at}" for name, at in columns.items()})
+    kind = f"mean over {len(tasks)} tasks of the" if of == "average" else of
     caption = (
-        f"Accuracy ({f'mean over {len(put)} tasks of the' if of == 'average' else of} harness's acc) against the share"
-        " of blocks that drop their attention sync point; bars: standard error of the difference from the model with"
-        " every sync point kept (dashed) on the same questions; dotted: guessing."
-        f" {asked_words(sweeps[-1], put)}"
+        f"Accuracy ({kind} harness's acc) against the share of blocks that drop their attention sync point; bars:"
+        " standard error of the difference from the model with every sync point kept (dashed) on the same questions;"
+        f" dotted: guessing. {asked_words(table.records[-1], tasks)}"
     )
-    frame = curve_of(sweeps, sweep_scores).query("task == @of")
-    return _single(Table(of, caption, frame, sweeps), _accuracy_panel)
+    chance = fmean(task["chance"] for task in tasks.values())
+    return _single(partial(_accuracy_panel, chance=chance), Table(of, caption, frame, table.records))
 
 
-def _accuracy_panel(ax: Axes, table: Table) -> None:
+def _accuracy_panel(ax: Axes, table: Table, chance: float) -> None:
     curves = table.frame.groupby("strategy", sort=False)
     for i, (name, points) in enumerate(curves):
         x = points["percent"] + 0.8 * (i - (len(curves) - 1) / 2)  # beside one another, so that all bars are seen
-        ax.errorbar(x, 100 * points["acc"], 100 * points["difference_stderr"], label=STRATEGIES.get(name, name),
+        ax.errorbar(x, 100 * points["acc"], 100 * points["stderr"], label=STRATEGIES.get(name, name),
                     color=COLOURS[i], marker="osD^vP"[i % 6], markersize=4, elinewidth=0.8, capsize=2)  # fmt: skip
-    full, chance = 100 * table.frame["acc_full"].iloc[-1], 100 * table.frame["chance"].iloc[-1]
+    full = 100 * table.frame["full"].iloc[-1]
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.1f} %")
-    ax.axhline(chance, color="0.5", linestyle=":", linewidth=1, label=f"guessing: {chance:.1f} %")
+    ax.axhline(100 * chance, color="0.5", linestyle=":", linewidth=1, label=f"guessing: {100 * chance:.1f} %")
     axis_of_blocks(ax, number(table.records[-1], "model", "blocks"))
     ax.set(ylabel=f"{table.name.replace('average', 'average accuracy')} (%)", xlim=(-4, 104))  # the markers' room
     ax.legend(loc="best")
 
 
-def ttft_figure(records: Sequence[Record]) -> Figure:
-    """The paper's figure 7's times as bars a plan; needs a bench record."""
-    table = ttft_table(records)
-    table = table._replace(caption=table.caption.split(" reduction = ")[0])  # the rest is on columns of the table
-    return _single(table, _ttft_panel, max(6.4, 2 + 0.7 * len(table.frame)))
+def ttft_figure(table: Table) -> Figure:
+    """The paper's figure 7's times as bars a plan."""
+    return _single(_ttft_panel, table, max(6.4, 2 + 0.7 * len(table.frame)))
 
 
 def _ttft_panel(ax: Axes, table: Table, narrow: bool = False) -> None:
@@ -285,28 +272,28 @@ def _ttft_panel(ax: Axes, table: Table, narrow: bool = False) -> None:
         legend_above(ax)
 
 
-def overview_figure(records: Sequence[Record]) -> Figure:
-    """Sensitivity, perplexity and time to first token of one model side by side: those of the three with a record."""
-    makers = {"sensitivity": (sensitivity_table, _overview_sensitivity), "sweep": (perplexity_table, _perplexity_panel),
-              "bench": (ttft_table, partial(_ttft_panel, narrow=True))}  # fmt: skip
-    record = {command: newest(records, command) for command in makers if newest(records, command)}
-    panels = {command: makers[command][0](records) for command in record}
+def overview_figure(made: Sequence[Table]) -> Figure:
+    """Sensitivity, perplexity and time to first token of one model side by side: those of the three that are made."""
     with rc_context({"legend.fontsize": 7, "font.size": 8}):
-        figure = canvas(4.6 * len(panels), 4.4)
+        figure = canvas(4.6 * len(made), 4.4)
         figure.get_layout_engine().set(wspace=0.06)
-        for ax, (command, table) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            makers[command][1](ax, table)
+        for ax, table in zip(figure.subplots(1, len(made)), made, strict=True):
+            OVERVIEW[table.name](ax, table)
             if ax.get_legend():
                 ax.get_legend().set_in_layout(False)  # else a wide legend takes the panels' room
-    words = [f"{timing_words(r)}, {link_words(r)}" if command == "bench" else f"{subject(r)}, {data_words(r)}"
-             for command, r in record.items()]  # fmt: skip
-    if {"sweep", "bench"} <= set(panels):
-        same = set(panels["bench"].frame["blocks_dropped"]) <= set(panels["sweep"].frame["blocks"])
+    words, by_name = [], {table.name: table for table in made}
+    for name, table in by_name.items():
+        record = table.records[0 if name == "sensitivity" else -1]
+        about = (timing_words, link_words) if name == "ttft" else (subject, data_words)
+        words.append(", ".join(of(record) for of in about))
+    if {"perplexity", "ttft"} <= by_name.keys():
+        swept = by_name["perplexity"]
+        same = set(by_name["ttft"].frame["blocks_dropped"]) <= set(swept.frame["blocks"])
         words[-1] += f", {'the same' if same else 'other'} numbers of dropped blocks {'as' if same else 'than'}"
-        words[-1] += f" the perplexities at tp={record['sweep']['tp']}"
+        words[-1] += f" the perplexities at tp={swept.records[-1]['tp']}"
     sides = ("Left", "Middle", "Right") if len(words) == 3 else ("Left", "Right")
     caption = " ".join(f"{side}: {text}." for side, text in zip(sides, words, strict=True))
-    used = [record for table in panels.values() for record in table.records]
+    used = [record for table in made for record in table.records]
     return finish(figure, f"{caption} {machine(used[-1])}.", used)
 
 
@@ -315,5 +302,7 @@ def _overview_sensitivity(ax: Axes, table: Table) -> None:
     _class_legend(ax, table.frame, {name: name for name in CLASSES}, columns=4)
 
 
-FIGURES = {"sensitivity": ("sensitivity", sensitivity_figure), "sweep": ("perplexity", perplexity_figure),
-           "bench": ("ttft", ttft_figure)}  # fmt: skip
+# By the kind of a table: its figure, and its panel of the overview.
+FIGURES = {"sensitivity": sensitivity_figure, "perplexity": partial(_single, _perplexity_panel), "ttft": ttft_figure}
+OVERVIEW = {"sensitivity": _overview_sensitivity, "perplexity": _perplexity_panel,
+            "ttft": partial(_ttft_panel, narrow=True)}  # fmt: skip

@@ -5,7 +5,7 @@ A number that is missing in a record is an error, never 0. Each `..._table` take
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,18 @@ from spd.errors import SPDError
 
 Record = Mapping[str, Any]
 CLASSES = {"ISB": "ISB (in-sensitive)", "SB": "SB (sensitive)", "ESB": "ESB (extremely sensitive)"}
-AVERAGED = ("stderr", "difference", "difference_stderr", "lost", "gained", "p")  # what is tabled of an average
+# Columns of tables, and where in a record their numbers stand: of a task or average, and of a point of a sweep.
+SCORES = {"acc": "acc", "stderr": "stderr"}
+COMPARED = {
+    "acc_full": "compared.acc_full",
+    "difference": "compared.difference",
+    "difference_stderr": "compared.stderr",
+    "lost": "compared.lost",
+    "gained": "compared.gained",
+    "p": "compared.p",
+}
+AVERAGED = {"average": "average.acc", "stderr": "average.stderr"}
+AVERAGED |= {key: f"average.{place}" for key, place in COMPARED.items() if key != "acc_full"}
 
 
 class Table(NamedTuple):
@@ -27,6 +38,7 @@ class Table(NamedTuple):
     frame: pd.DataFrame
     records: Sequence[Record]
     form: str = ".5g"  # of numbers that are not whole, for reading
+    columns: str = ""  # what is to be said of columns that a figure does not show
 
     def markdown(self) -> str:
         """Rounded for reading."""
@@ -38,12 +50,14 @@ class Table(NamedTuple):
 
 def tables(records: Sequence[Record]) -> list[Table]:
     """Of `load_records`' records a table of each kind, model and degree."""
-    found = []
-    for end, mine in by_subject(records):
-        made = [make(mine) for command, make in MAKERS.items() if newest(mine, command)]
-        made += [accuracy_table(mine)] if sweeps_of(mine, tasks=True) else []
-        found += [table._replace(name=table.name + end) for table in made]
-    return found
+    return [t._replace(name=t.name + end) for end, mine in by_subject(records) for t in tables_of(mine).values()]
+
+
+def tables_of(records: Sequence[Record]) -> dict[str, Table]:
+    """Of the records of one model a table of each kind, by its kind."""
+    made = [make(records) for command, make in MAKERS.items() if newest(records, command)]
+    made += [accuracy_table(records)] if sweeps_of(records, tasks=True) else []
+    return {table.name: table for table in made}
 
 
 # ---------------------------------------------------------------- records
@@ -75,6 +89,11 @@ def column(record: Record, key: str, *inner: str) -> list[float]:
     if not isinstance(found, list) or not found:
         raise SPDError(f"Record {record['id']} has no list of values as result.{key}.")
     return [number(record, "result", key, i, *inner) for i in range(len(found))]
+
+
+def numbers(record: Record, columns: Mapping[str, str], *keys: str | int) -> dict[str, float]:
+    """Under the names of `columns` the numbers that stand, inside what stands at `keys`, at its places (`a.b`)."""
+    return {name: number(record, *keys, *place.split(".")) for name, place in columns.items()}
 
 
 def newest(records: Iterable[Record], command: str) -> Record | None:
@@ -200,15 +219,17 @@ def _questions(record: Record) -> dict[str, tuple]:
     return {name: (task["n"], task["source"]) for name, task in record["result"]["curve"][0]["tasks"].items()}
 
 
-def curve_of(sweeps: Sequence[Record], read: Callable[[Record, int], list[dict]]) -> pd.DataFrame:
-    """The points of sweeps, of each strategy the newest sweep's, fewest blocks first; what `read(record, its place)`
-    gives of a point are its rows."""
+def curve_of(sweeps: Sequence[Record], columns: Mapping[str, str]) -> pd.DataFrame:
+    """The points of sweeps, of each strategy the newest sweep's, fewest blocks first.
+
+    `columns` are further numbers of a point, by their name here and their place there, as `average.acc`.
+    """
     rows = []
-    for place, record in enumerate(sweeps):
-        for i, percent in enumerate(column(record, "curve", "percent")):
-            strategy, blocks, plan = (value(record, "result", "curve", i, k) for k in ("strategy", "blocks", "plan"))
-            point = {"sweep": place, "strategy": strategy, "blocks": blocks, "percent": percent}
-            rows += [point | row | {"plan": plan} for row in read(record, i)]
+    for age, sweep in enumerate(sweeps):
+        for i in range(len(column(sweep, "curve", "percent"))):
+            row = {key: value(sweep, "result", "curve", i, key) for key in ("strategy", "blocks", "percent")}
+            row |= numbers(sweep, columns, "result", "curve", i)
+            rows.append(row | {"plan": value(sweep, "result", "curve", i, "plan"), "sweep": age})
     frame = pd.DataFrame(rows)
     frame = frame[frame["sweep"] == frame.groupby("strategy")["sweep"].transform("max")]
     lines = frame.drop(columns="sweep").sort_values("blocks", kind="stable").groupby("strategy", sort=False)
@@ -217,8 +238,7 @@ def curve_of(sweeps: Sequence[Record], read: Callable[[Record, int], list[dict]]
 
 def perplexity_table(records: Sequence[Record]) -> Table:
     sweeps = sweeps_of(records)
-    record, keys = sweeps[-1], ("perplexity", "nats")
-    frame = curve_of(sweeps, lambda sweep, i: [{key: number(sweep, "result", "curve", i, key) for key in keys}])
+    record, frame = sweeps[-1], curve_of(sweeps, {key: key for key in ("perplexity", "nats")})
     full = frame.loc[frame["blocks"] == 0, "perplexity"]
     if full.empty:
         raise SPDError(f"Record {record['id']} has no point with 0 blocks dropped to compare with.")
@@ -233,52 +253,36 @@ def perplexity_table(records: Sequence[Record]) -> Table:
 # ---------------------------------------------------------------- accuracy
 
 
-def scores(record: Record, *keys: str | int) -> list[dict]:
-    """Accuracies at `keys` in a record: a flat row a task and, where there is one, of their `average`."""
-    places = {name: ("tasks", name) for name in value(record, *keys, "tasks")}
-    if "average" in value(record, *keys):
-        places["average"] = ("average",)
-    rows = []
-    for name, place in places.items():
-        found = value(record, *keys, *place)
-        of = [value(record, *keys, "tasks", task) for task in found.get("tasks", [name])]
-        row = {"task": name, "n": sum(task["n"] for task in of), "chance": sum(task["chance"] for task in of) / len(of)}
-        row |= {key: number(record, *keys, *place, key) for key in ("acc", "stderr")}
-        row |= {"acc_norm": found["acc_norm"]} if found.get("acc_norm") is not None else {}
-        for key in ("acc_full", "difference", "stderr", "lost", "gained", "p") if "compared" in found else ():
-            row[key.replace("stderr", "difference_stderr")] = number(record, *keys, *place, "compared", key)
-        rows.append(row)
-    return rows
-
-
-def sweep_scores(sweep: Record, i: int) -> list[dict]:
-    """`scores` of a point of a sweep."""
-    return scores(sweep, "result", "curve", i)
-
-
 def accuracy_table(records: Sequence[Record]) -> Table:
     """A row a strategy and percentage: accuracy of every task, and of their average what the full model is beside."""
     sweeps = sweeps_of(records, tasks=True)
-    points = curve_of(sweeps, sweep_scores).set_index(["strategy", "blocks", "percent", "plan"])
-    frame = pd.DataFrame({task: of["acc"] for task, of in points.groupby("task", sort=False)})
-    frame = frame.join(points.loc[points["task"] == "average", points.columns.intersection(AVERAGED, sort=False)])
-    frame = frame.reset_index()
+    first = value(sweeps[-1], "result", "curve", 0)
+    columns = {name: f"tasks.{name}.acc" for name in first["tasks"]} | (AVERAGED if "average" in first else {})
     caption = (
         "Accuracy (acc, as the harness defines it) of each task and their average, mmlu apart; stderr: the average's."
         " Against the model with every sync point kept, on the same questions: difference of the averages and its"
         " standard error, answers lost and gained, and McNemar's exact two-sided p of these."
-        f" {asked_words(sweeps[-1], sweeps[-1]['result']['curve'][0]['tasks'])}"
+        f" {asked_words(sweeps[-1], first['tasks'])}"
     )
-    return Table("accuracy", caption, frame[[*frame.columns.drop("plan"), "plan"]], sweeps)
+    return Table("accuracy", caption, curve_of(sweeps, columns), sweeps)
 
 
 def tasks_table(records: Sequence[Record]) -> Table:
+    """A row a task of the newest evaluation that was put to tasks, and one of their average, if there is one."""
     record = newest(records, "eval")
+    tasks, average = record["result"]["tasks"], record["result"].get("average")
+    rows = []
+    for name, scores in (tasks | ({"average": average} if average else {})).items():
+        of = [tasks[task] for task in scores.get("tasks", [name])]
+        row = {"task": name, "n": sum(task["n"] for task in of), "chance": sum(task["chance"] for task in of) / len(of)}
+        place = ("average",) if scores is average else ("tasks", name)
+        row |= numbers(record, SCORES | (COMPARED if "compared" in scores else {}), "result", *place)
+        rows.append(row | {"acc_norm": scores.get("acc_norm")})
     caption = (
         f"Accuracy of plan {record['plan']} task by task. lost, gained: answers flipped against the model with every"
-        f" sync point kept; p: McNemar's exact test of them. {asked_words(record, record['result']['tasks'])}"
+        f" sync point kept; p: McNemar's exact test of them. {asked_words(record, tasks)}"
     )
-    return Table("tasks", caption, pd.DataFrame(scores(record, "result")), [record])
+    return Table("tasks", caption, pd.DataFrame(rows).dropna(axis="columns", how="all"), [record])
 
 
 # ---------------------------------------------------------------- time to first token
@@ -341,19 +345,19 @@ def ttft_table(records: Sequence[Record]) -> Table:
     formula = "; diamonds: no communication, measured, plus collectives by formula" if "formula_ms" in frame else ""
     caption = (
         f"Median time to first token of {repeats} runs (error bar: interquartile range){parts}"
-        f"{formula}. {timing_words(record)}, {link_words(record)}; {machine(record)}. reduction = 1 - t_p/t_0, speedup"
-        " = t_0/t_p."
+        f"{formula}. {timing_words(record)}, {link_words(record)}; {machine(record)}."
     )
+    columns = "reduction = 1 - t_p/t_0, speedup = t_0/t_p."
     if "saved_share" in frame or "formula_ms" in frame:
         flops, read = (number(record, "result", "rates", key) for key in ("matrix_gflops", "memory_gb_per_s"))
         idle = number(record, "result", "rates", "all_reduce", "ttft_ms")
-        caption += (
+        columns += (
             " saved_share = TTFT saved / time of the all-reduces removed, when all are kept; formula_ms = no"
             " communication, measured, + collectives by formula; of_bound = what the machine's rates allow / measured:"
             f" a process multiplies matrices at {flops:.0f} GFLOP/s, reads weights at {read:.1f} GB/s, and an idle"
             f" all-reduce of the prompt's size takes {idle:.2f} ms, the emulated link aside."
         )
-    return Table("ttft", caption, frame, [record])
+    return Table("ttft", caption, frame, [record], columns=columns)
 
 
 MAKERS = {"sensitivity": sensitivity_table, "sweep": perplexity_table, "bench": ttft_table, "eval": tasks_table}

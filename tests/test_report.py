@@ -319,7 +319,7 @@ def test_accuracies_of_sweeps_and_of_a_plan(put, tmp_path):
     text = (tmp_path / "out/tables.md").read_text()
     assert "## accuracy" in text and "Questions: piqa 64 (hub), mmlu 64 (hub)" in text
     del swept["curve"][1]["average"]["compared"]["p"]
-    with pytest.raises(SPDError, match=r"has no result.curve.1.tasks.piqa.compared.p, which the report needs"):
+    with pytest.raises(SPDError, match=r"has no result.curve.1.average.compared.p, which the report needs"):
         tables(load_records([put("sweep", swept)]))
 
 
