@@ -96,9 +96,9 @@ reproduce-7b reproduce-13b reproduce-70b: | $(READY)
 endif
 keep: $(READY)  ## Put the records of RUN=runs/NAME among the committed ones, and draw their figures
 	mkdir -p experiments/records/$(notdir $(RUN)) && cp $(RUN)/records/*.json experiments/records/$(notdir $(RUN))/
-	sh paper_figures/draw.sh $(notdir $(RUN))
+	$(PYTHON) paper_figures/draw.py $(notdir $(RUN))
 figures: $(READY)  ## Draw paper_figures again from the committed records
-	sh paper_figures/draw.sh
+	$(PYTHON) paper_figures/draw.py
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) paper_figures/ledger.py experiments/records --out REPRODUCTION.md
 sensitivities ablation predict bench-peers bench-links check-prediction bench-gpu budget: $(READY)

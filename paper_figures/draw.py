@@ -1,13 +1,13 @@
-"""The command line that the scripts of this folder share.
+"""Draws paper_figures/FOLDER again from experiments/records/FOLDER, for each folder named, or for all of them.
 
-Each script draws from records: `python paper_figures/draw_NAME.py RECORDS... --out FOLDER` writes PNG figures, CSV
-tables and `tables.md`; in Python, `tables(records)` gives its tables and `figures(records)` its figures by name.
+A script `draw_NAME` of this folder is, of `load_records`' records, `tables(records)` and, by their names,
+`figures(records)`; they are written as CSV, `tables.md` and PNG.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,6 +16,17 @@ from spd.errors import SPDError
 from spd.report import write
 
 MARKERS = "osD^vP"
+REPORT = {".": "spd.report"}
+DRAWN_BY = {  # the scripts that draw a folder of records, by the folder below its own that each draws in
+    "ablation": {".": "draw_ablation"},
+    "budget": {".": "draw_ablation"},
+    "calibration": {".": "draw_calibration"},
+    "links": {".": "draw_links"},
+    "peers": {".": "draw_peers"},
+    "predicted": {".": "draw_predicted"},
+    "sensitivities": REPORT | {"method": "draw_method"},
+    "spd-tiny": REPORT | {"method": "draw_method", "method-table1": "draw_ablation"},
+}  # other folders: REPORT
 
 
 def legend(figure: Figure, handles: Sequence, columns: int) -> None:
@@ -23,21 +34,22 @@ def legend(figure: Figure, handles: Sequence, columns: int) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def main(
-    draw: Callable[[argparse.Namespace], dict], description: str, out: str, argv: Sequence[str] | None = None
-) -> int:
-    """Run a script: what `draw` returns as JSON on standard output; a mistake in one sentence and exit code 1."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("records", nargs="+", type=Path, help="record files, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"where to write ({out})")
-    try:
-        print(json.dumps(draw(parser.parse_args(argv))))
-    except SPDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(words: Sequence[str] | None = None) -> None:
+    """A mistake ends as one sentence and exit code 1."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of records; left out: all")
+    parser.add_argument("--records", type=Path, default=Path("experiments/records"), help="where these folders are")
+    parser.add_argument("--out", type=Path, default=Path("paper_figures"), help="where those of figures are")
+    o = parser.parse_args(words)
+    for folder in o.folders or sorted(path.name for path in o.records.iterdir() if path.is_dir()):
+        print(o.out / folder, file=sys.stderr)
+        for place, script in DRAWN_BY.get(folder, REPORT).items():
+            drawing = import_module(script)
+            try:
+                write([o.records / folder], o.out / folder / place, drawing.tables, drawing.figures)
+            except SPDError as error:
+                sys.exit(f"error: {error}")
 
 
-def run(tables: Callable, figures: Callable, description: str, argv: Sequence[str] | None = None) -> int:
-    """The command line of a script that writes its figures and tables into a folder."""
-    return main(lambda o: write(o.records, o.out, tables, figures), description, "paper_figures", argv)
+if __name__ == "__main__":
+    main()

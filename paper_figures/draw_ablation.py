@@ -1,13 +1,11 @@
 """What each step of a repair gives, the paper's table 1, and what repairs would take: records of `ablate`, `table1`
 and `budget`."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-from draw import run
 from matplotlib.figure import Figure
 
 from spd.report import canvas, finish
@@ -119,7 +117,3 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     ax.get_legend().remove()
     return {"ablation": finish(figure, caption, table.records)}
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

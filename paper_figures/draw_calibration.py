@@ -1,10 +1,8 @@
 """A calibration's predictions beside what was measured: records of `profile`."""
 
-import sys
 from collections.abc import Sequence
 
 import pandas as pd
-from draw import run
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -63,7 +61,3 @@ def _errors(table: Table) -> Figure:
     right.set(xlim=ends, ylim=ends, aspect="equal", xlabel="measured speedup", ylabel="predicted speedup")
     right.legend(frameon=False, loc="upper left")
     return finish(figure, table.caption, table.records)
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

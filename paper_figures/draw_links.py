@@ -1,11 +1,10 @@
 """Figure 7's lower panels and figure 2, measured over several links: what dropping gains on each, and by formula."""
 
-import sys
 from collections.abc import Sequence
 
 import pandas as pd
 import seaborn as sns
-from draw import MARKERS, run
+from draw import MARKERS
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -90,7 +89,3 @@ def _lines(table: Table) -> Figure:
     right.yaxis.set_major_formatter(plain)
     right.yaxis.set_minor_formatter(NullFormatter())
     return finish(figure, table.caption, table.records)
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

@@ -1,12 +1,11 @@
 """Figures 2, 4 and 6 of the paper on other models: records of `sensitivity` and `bench`."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-from draw import legend, run
+from draw import legend
 from ledger import classes_in, full_perplexity_of
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -146,7 +145,3 @@ def map_figure(measured: Mapping[tuple[str, str, int], Record]) -> Figure:
         f" {machine(next(iter(measured.values())))}."
     )
     return finish(figure, caption, list(measured.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

@@ -1,11 +1,10 @@
 """spd beside transformers: records of `bench-peers`."""
 
-import sys
 from collections.abc import Sequence
 
 import pandas as pd
 from bench_peers import OVER_GLOO, PEER, SPD
-from draw import legend, run
+from draw import legend
 from matplotlib.figure import Figure
 
 from spd.report import COLOURS, canvas, finish
@@ -69,7 +68,3 @@ def _ratios(table: Table) -> Figure:
     axes[0].set_yticks(frame.index, frame["shape"] + ", " + frame["dtype"] + ", tp=" + frame["tp"].astype(str))
     legend(figure, axes[0].get_legend_handles_labels()[0], 2)
     return finish(figure, table.caption, table.records)
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

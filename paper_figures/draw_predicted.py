@@ -1,11 +1,10 @@
 """The paper's latency figures predicted, beside what it says: records of `predict-paper`."""
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from draw import MARKERS, legend, run
+from draw import MARKERS, legend
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -50,9 +49,9 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
-    """Figures 2 and 7, where dropping pays, where the time goes, and the decode benchmark, of the newest record."""
+    """Figures 2 and 7, where dropping pays, and where the time goes, of the newest record."""
     chosen = newest(records, "predict-paper")
-    makers = {"figure2": _transfer, "figure7": _speedup, "links": _links, "time": _time, "decode": _decode}
+    makers = {"figure2": _transfer, "figure7": _speedup, "links": _links, "time": _time}
     return {} if chosen is None else {f"predicted-{name}": draw(chosen) for name, draw in makers.items()}
 
 
@@ -210,34 +209,6 @@ def _panel_time(ax: Axes, rows: pd.DataFrame) -> None:
     ax.grid(visible=False, axis="x")
 
 
-# ---------------------------------------------------------------- the decode benchmark
-
-
-def _decode(record: Record) -> Figure:
-    check = value(record, "result", "decode_check", "checks", "each row held out in turn")
-    rows = pd.DataFrame(check["predicted"])
-    figure = canvas(6.4, 5.2)
-    ax = figure.subplots()
-    kinds = {("no_comm", "on"): "no communication", ("standard", "on"): "P2P on", ("standard", "off"): "P2P off"}
-    for (kind, label), marker, colour in zip(kinds.items(), MARKERS, COLOURS, strict=False):
-        mine = rows[(rows["variant"] == kind[0]) & (rows["p2p"] == kind[1])]
-        ax.plot(mine["measured_ms"], mine["predicted_ms"], marker, color=colour, label=label, markersize=5, zorder=3)
-    ends = np.array([0.9 * rows["measured_ms"].min(), 1.1 * rows["measured_ms"].max()])
-    ax.plot(ends, ends, color="0.25", linewidth=1)
-    ax.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", label="within 10 %", zorder=0)
-    ax.set(xlabel="measured time a step (ms)", ylabel="predicted time a step (ms)", xscale="log", yscale="log")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(plain)
-    ax.legend(loc="upper left")
-    caption = (
-        f"Time a step of a compiled 70B ({len(rows)} runs at several tp and batch; measured by others, GPU not stated),"
-        " each point predicted from a fit to all others: worst error"
-        f" {check['worst_predicted']:.1%}, mean {check['mean_predicted']:.1%}."
-    )
-    return finish(figure, caption, [record])
-
-
 # ---------------------------------------------------------------- tables
 
 
@@ -297,7 +268,3 @@ def _decode_errors(record: Record) -> Table:
         f"Time a step of the decode benchmark; error of predictions of rows that were not fitted. {'; '.join(parts)}."
     )
     return Table("predicted-decode", caption, frame, [record])
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

@@ -4,6 +4,8 @@
 one model at one tp and the claim that asks: (value, record that it is from), or None where no record has it.
 """
 
+import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from draw import main
 from reference import reference
 
+from spd.errors import SPDError
 from spd.planner import blocks_of, classify
 from spd.records import load_records, write_bytes
 from spd.report import markdown
@@ -315,4 +317,11 @@ def write_ledger(records: Iterable[Path | str], out: Path) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main(lambda asked: write_ledger(asked.records, asked.out), __doc__, "REPRODUCTION.md"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("records", nargs="+", type=Path, help="record files, or folders of them")
+    parser.add_argument("--out", type=Path, default=Path("REPRODUCTION.md"), help="where to write")
+    asked = parser.parse_args()
+    try:
+        print(json.dumps(write_ledger(asked.records, asked.out)))
+    except SPDError as error:
+        sys.exit(f"error: {error}")

@@ -117,9 +117,9 @@ def test_on_a_trained_model_the_papers_design_wins_by_far():
 
 def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch, capsys):
     from draw_ablation import figures, tables
-    from draw_ablation import run as draw
 
     from spd.records import load_records
+    from spd.report import write
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 40)
@@ -132,7 +132,7 @@ def test_commands_and_the_tables_of_their_records(folder, tmp_path, monkeypatch,
     subject = "model, text, tp=2, all blocks"
     assert found["ablation"].frame[subject][1] == printed["variants"][1]["perplexity"]
     assert found["table1"].frame["model"][0] == "model, text, tp=2, 1 of 3 blocks"
-    assert draw(tables, figures, "", ["runs", "--out", "figures"]) == 0
+    write(["runs"], "figures", tables, figures)
     assert Path("figures/ablation.png").is_file()
     assert f"{subject} |" in Path("figures/tables.md").read_text()
 

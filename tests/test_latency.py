@@ -6,8 +6,8 @@ import json
 from datetime import UTC, datetime
 from itertools import product
 
+import draw
 import draw_calibration
-import draw_predicted
 import pytest
 from predict_paper import (
     claims,
@@ -329,14 +329,15 @@ def test_the_decode_benchmark_is_predicted_within_ten_percent_between_the_fitted
 def test_the_report_draws_and_tables_the_record(tmp_path):
     result = json.loads(json.dumps(predict_paper(), allow_nan=False))
     record = make_record("predict-paper", {}, result, started=datetime.now(UTC))
-    asked = [str(write_record(record, tmp_path / "records")), "--out", str(tmp_path / "out")]
-    assert draw_predicted.run(draw_predicted.tables, draw_predicted.figures, "", asked) == 0
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    figures = {f"predicted-{name}" for name in ("figure2", "figure7", "links", "time", "decode")}
+    write_record(record, tmp_path / "predicted")
+    draw.main(["predicted", "--records", str(tmp_path), "--out", str(tmp_path / "out")])
+    out = tmp_path / "out/predicted"
+    names = {path.name for path in out.iterdir()}
+    figures = {f"predicted-{name}" for name in ("figure2", "figure7", "links", "time")}
     assert {f"{name}.png" for name in figures} <= names
     assert {f"predicted-{name}.csv" for name in ("claims", "fits", "figure2", "figure7", "decode")} <= names
-    assert record["id"] in (tmp_path / "out/predicted-figure7.png").read_bytes().decode("latin-1")
-    with open(tmp_path / "out/predicted-claims.csv") as file:
+    assert record["id"] in (out / "predicted-figure7.png").read_bytes().decode("latin-1")
+    with open(out / "predicted-claims.csv") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["paper"]) for row in rows] == [row["paper"] for row in result["claims"]]
 

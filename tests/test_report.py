@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 
+import draw
 import draw_links
 import draw_method
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from spd.errors import SPDError
 from spd.records import load_records, make_record, write_record
-from spd.report import report
+from spd.report import report, write
 from spd.tables import sensitivity_table, tables
 
 BLOCKS = 4
@@ -216,20 +217,25 @@ def test_records_of_no_model_are_nothing_to_report(put, tmp_path):
         report([], tmp_path / "out")
 
 
-def test_several_settings_give_classes_and_a_map(put, tmp_path, capsys):
+def test_several_settings_give_classes_and_a_map(put, tmp_path):
     put("sensitivity", _sensitivity())
     folder = put("sensitivity", _sensitivity(), tp=4).parent
-    asked = [str(folder), "--out", str(tmp_path / "out")]
-    assert draw_method.run(draw_method.tables, draw_method.figures, "", asked) == 0
+    write([folder], tmp_path / "out", draw_method.tables, draw_method.figures)
     assert {"classes.png", "classes.csv", "sensitivity-map.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     classes = _rows(tmp_path / "out" / "classes.csv")  # at the paper's thresholds: 12.5, 0.25, -0.5, 0.016
     assert [(row["tp"], row["ISB"], row["SB"], row["ESB"]) for row in classes] == [
         ("4", "50.0", "25.0", "25.0"),
         ("8", "50.0", "25.0", "25.0"),
     ]
-    asked[0] = str(put("eval", {"perplexity": 4.0}, name="none"))
-    assert draw_method.run(draw_method.tables, draw_method.figures, "", asked) == 1
-    assert "None of the 1 records" in capsys.readouterr().err
+
+
+def test_a_folder_is_drawn_by_its_scripts_and_a_mistake_is_one_sentence(tmp_path, capsys):
+    _writer(tmp_path / "spd-tiny")("bench", _bench(), tp=2)
+    asked = ["--records", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="error: None of the 1 records"):
+        draw.main(["spd-tiny", *asked])  # the last of its scripts has no table 1 to draw
+    assert (tmp_path / "out/spd-tiny/ttft.png").exists() and (tmp_path / "out/spd-tiny/method/transfer.png").exists()
+    assert capsys.readouterr().err.split() == [str(tmp_path / "out/spd-tiny")]
 
 
 def test_transfer_time_is_what_the_collectives_took(put):
@@ -360,8 +366,7 @@ def test_links_are_compared_where_nothing_else_differs(put, tmp_path):
     put("bench", _over("1GBps,9ms", 9.0, prompt_len=99), tp=2)  # another prompt
     put("bench", _over("1GBps,5ms", 7.0), tp=2)  # timed again below
     records = [put("bench", _over(f"1GBps,{n}ms", n), tp=2) for n in (1, 5, 3)]
-    asked = [*map(str, records[0].parent.glob("*.json")), "--out", str(tmp_path / "out")]
-    assert draw_links.run(draw_links.tables, draw_links.figures, "", asked) == 0
+    write(records[0].parent.glob("*.json"), tmp_path / "out", draw_links.tables, draw_links.figures)
     rows = _rows(tmp_path / "out/links.csv")
     assert [row["link"] for row in rows[::3]] == ["1GBps, 5ms", "1GBps, 3ms", "1GBps, 1ms"]
     slowest = [row for row in rows if row["link"] == "1GBps, 5ms"]
