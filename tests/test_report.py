@@ -285,7 +285,12 @@ def test_a_plan_of_the_wrong_length_is_an_error(put, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "not strict JSON"), ('{"schema": NaN}', "NaN"), ("[]", "not a record"), ('{"schema": 1}', "has no id")],
+    [
+        ("{", "not strict JSON"),
+        ('{"schema": NaN}', "NaN"),
+        ("[]", "not a record"),
+        ('{"schema": 1}', "not a record: id: Field required"),
+    ],
 )
 def test_a_malformed_record_is_an_error(tmp_path, text, words):
     (tmp_path / "bad.json").write_text(text)
