@@ -24,6 +24,7 @@ from spd.tables import (
     named,
     newest,
     number,
+    of_command,
     timings,
     value,
 )
@@ -53,8 +54,8 @@ def newest_settings(records: Sequence[Record]) -> dict[tuple[str, str, int], Rec
     """The newest sensitivity record of each (model, text, tp), in that order; not of random weights."""
     found = {
         (model_of(r), Path(value(r, "data", "text")).stem, value(r, "tp")): r
-        for r in records
-        if r["command"] == "sensitivity" and not r["model"].get("shape_only")
+        for r in of_command(records, "sensitivity")
+        if not r["model"].get("shape_only")
     }
     return dict(sorted(found.items()))
 

@@ -20,7 +20,20 @@ from spd.errors import SPDError
 from spd.planner import blocks_of, classify
 from spd.records import load_records, write_bytes
 from spd.report import markdown
-from spd.tables import CLASSES, Record, Table, column, machine, model_of, newest, number, sweeps_of, timings, value
+from spd.tables import (
+    CLASSES,
+    Record,
+    Table,
+    column,
+    machine,
+    model_of,
+    newest,
+    number,
+    of_command,
+    sweeps_of,
+    timings,
+    value,
+)
 
 Finding = tuple[float, Record] | None
 COLUMNS = ["claim", "paper", "ours", "on", "command", "status"]
@@ -46,7 +59,7 @@ constant was solved for this very claim. **needs hardware or gated weights**: th
 
 def best_text(records: Sequence[Record]) -> Record | None:
     """Of sensitivities measured on several texts, those of the text that the model predicts best, the newest."""
-    measured = [r for r in records if r["command"] == "sensitivity"]
+    measured = of_command(records, "sensitivity")
     return min(reversed(measured), key=full_perplexity_of, default=None)
 
 

@@ -96,10 +96,15 @@ def numbers(record: Record, columns: Mapping[str, str], *keys: str | int) -> dic
     return {name: number(record, *keys, *place.split(".")) for name, place in columns.items()}
 
 
+def of_command(records: Iterable[Record], command: str) -> list[Record]:
+    """Those of a command with what is tabled of it: of `eval` tasks, of `sensitivity` no scores of one pass."""
+    needed = {"eval": "tasks", "sensitivity": "sensitivity"}.get(command)
+    return [r for r in records if r["command"] == command and (needed is None or needed in r["result"])]
+
+
 def newest(records: Iterable[Record], command: str) -> Record | None:
-    """Of records, oldest first, the last of a command; of `eval` the last with tasks."""
-    found = [r for r in records if r["command"] == command and (command != "eval" or "tasks" in r["result"])]
-    return found[-1] if found else None
+    """Of records, oldest first, the last one of a command."""
+    return next(reversed(of_command(records, command)), None)
 
 
 def by_subject(records: Sequence[Record], by: Sequence[str] = ("model", "tp")) -> list[tuple[str, list[Record]]]:

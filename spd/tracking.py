@@ -32,7 +32,7 @@ PARAMS = (
     *("dtype", "device", "seed", "seq_len", "windows", "skip", "tasks", "limit", "shape", "batch", "prompt_len"),
     *("recipe", "strategy", "percentages", "calibration", "epochs", "learning_rate", "link"),
 )
-Metrics = Iterator[tuple[str, float, int]]  # name, value, step
+Points = Iterator[tuple[int, dict[str, float | None]]]  # step, and metrics by their names; None: not measured
 
 
 def mirror(record: Path, files: Iterable[Path] = (), uri: str | None = None) -> None:
@@ -60,44 +60,41 @@ def mirror(record: Path, files: Iterable[Path] = (), uri: str | None = None) -> 
 
 def curves(record: dict) -> Iterator[tuple[str | None, list[tuple[str, float, int]]]]:
     """(strategy or None, its metrics as name, value and step) of each run that a record becomes."""
-    if record["command"] != "sweep":
-        yield None, [*_metrics(record["command"], record["result"]), *_at(0, seconds=record.get("seconds"))]
-        return
-    curve = record["result"]["curve"]
-    for strategy in dict.fromkeys(point["strategy"] for point in curve):
-        yield strategy, [m for p in curve if p["strategy"] == strategy for m in _scores(p, p["blocks"])]
+    if record["command"] == "sweep":
+        runs = {point["strategy"]: [] for point in record["result"]["curve"]}
+        for point in record["result"]["curve"]:
+            runs[point["strategy"]].append((point["blocks"], _scores(point)))
+    else:
+        runs = {None: [*_points(record["command"], record["result"]), (0, {"seconds": record.get("seconds")})]}
+    for strategy, points in runs.items():
+        measured = ((name, value, step) for step, values in points for name, value in values.items())
+        yield strategy, [(name, value, step) for name, value, step in measured if value is not None]
 
 
-def _metrics(command: str, result: dict) -> Metrics:
+def _points(command: str, result: dict) -> Points:
     if command == "sensitivity":
-        for name in ("sensitivity", "sensitivity_nats"):
-            yield from ((name, value, block) for block, value in enumerate(result[name]))
+        for name in ("sensitivity", "sensitivity_nats"):  # neither, where it is scores of one pass
+            yield from ((block, {name: value}) for block, value in enumerate(result.get(name, [])))
     elif command == "bench":
         rows = [row for row in result["plans"] if row.get("communicates", True)]
         full = next((row["ttft_ms"]["median"] for row in rows if row["blocks_dropped"] == 0), None)
         for row in rows:
             ttft, tpot = row["ttft_ms"]["median"], (row.get("tpot_ms") or {}).get("median")
-            yield from _at(row["blocks_dropped"], ttft_ms=ttft, tpot_ms=tpot, speedup=full and full / ttft)
+            yield row["blocks_dropped"], {"ttft_ms": ttft, "tpot_ms": tpot, "speedup": full and full / ttft}
     elif command == "distill":
-        yield from _at(0, perplexity_before=result["perplexity_before"])
-        yield from _at(_dropped(result), perplexity=result["perplexity_after"])
+        yield 0, {"perplexity_before": result["perplexity_before"]}
+        yield _dropped(result), {"perplexity": result["perplexity_after"]}
         for block in result["blocks"]:
-            yield from _at(block["index"], loss_before=block["loss_before"], loss_after=block["loss_after"])
+            yield block["index"], {name: block[name] for name in ("loss_before", "loss_after")}
     elif command == "plan":
-        yield from _at(0, blocks_dropped=result["budget"]["blocks"])
+        yield 0, {"blocks_dropped": result["budget"]["blocks"]}
     else:
-        yield from _scores(result, _dropped(result))
+        yield _dropped(result), _scores(result)
 
 
-def _scores(result: dict, step: int) -> Metrics:
+def _scores(result: dict) -> dict[str, float | None]:
     """Those of a result or of a point of a curve, and accuracy over the tasks where there are some."""
-    accuracy = (result.get("average") or {}).get("acc")
-    return _at(step, **{name: result.get(name) for name in SCORES}, accuracy=accuracy)
-
-
-def _at(step: int, **values: float | None) -> Metrics:
-    """What of it was measured."""
-    return ((name, value, step) for name, value in values.items() if value is not None)
+    return {name: result.get(name) for name in SCORES} | {"accuracy": (result.get("average") or {}).get("acc")}
 
 
 def _dropped(result: dict) -> int:

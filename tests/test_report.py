@@ -191,6 +191,18 @@ def test_a_plan_of_other_sensitivities_colours_nothing(put):
     assert "class" not in table.frame and len(table.records) == 1
 
 
+def test_scores_of_one_pass_are_no_sensitivities(put, tmp_path):
+    put("sensitivity", _sensitivity())
+    fast = put("sensitivity", {"scores": {"attention": {"drop": [1.0] * BLOCKS}}, "tokens": 70, "windows": 10})
+    records = load_records([fast.parent])
+    (table,) = tables(records)
+    assert list(table.frame["sensitivity"]) == SENSITIVITY and draw_method.newest_settings(records).keys() == {
+        ("synthetic", "synthetic", 8)
+    }
+    with pytest.raises(SPDError, match="nothing to report"):
+        report([fast], tmp_path / "out")
+
+
 def test_models_and_degrees_get_files_of_their_own(put):
     put("sensitivity", _sensitivity())
     put("sensitivity", _sensitivity(), tp=4)

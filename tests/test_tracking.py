@@ -23,6 +23,7 @@ def test_a_sweep_is_a_run_a_strategy_with_the_same_names_over_blocks_dropped():
     assert ("perplexity", 6.0, 2) in found["b2b+hg"]
     ((_, metrics),) = curves(_record("sensitivity", SENSITIVITY))
     assert [m for m in metrics if m[0] == "sensitivity"] == [("sensitivity", 4.0, 0), ("sensitivity", 1.0, 1)]
+    assert dict(curves(_record("sensitivity", {"scores": {}}))) == {None: [("seconds", 1.5, 0)]}
     rows = [
         {"plan": plan, "blocks_dropped": blocks, "ttft_ms": {"median": ttft}, "tpot_ms": None}
         for plan, blocks, ttft in (("FF FF", 0, 4.0), ("DF FF", 1, 2.0))
