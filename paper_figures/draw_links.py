@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from spd.comm import Link
 from spd.report import axis_of_blocks, canvas, finish, plain
-from spd.tables import Record, Table, column, machine, number, timing_words, timings, value
+from spd.tables import Record, Table, column, machine, number, of_command, timing_words, timings, value
 
 COMMON = ("tp", "world", "batch", "prompt_len", "new_tokens", "dtype", "compile", "transport")
 DASHES = {"linestyle": (0, (4, 2)), "linewidth": 1.2}
@@ -18,7 +18,7 @@ DASHES = {"linestyle": (0, (4, 2)), "linewidth": 1.2}
 
 def over_links(records: Sequence[Record]) -> list[Record]:
     """The newest bench record of each link, slowest link first, of the setting last timed; none of fewer than two."""
-    timed = [r for r in records if r["command"] == "bench" and value(r, "result", "plans", 0).get("communication_ms")]
+    timed = [r for r in of_command(records, "bench") if value(r, "result", "plans", 0).get("communication_ms")]
     alike = {r["result"]["link"]: r for r in timed if _setting(r) == _setting(timed[-1])}
     return sorted(alike.values(), key=_one_kilobyte, reverse=True) if len(alike) > 1 else []
 

@@ -97,8 +97,8 @@ def numbers(record: Record, columns: Mapping[str, str], *keys: str | int) -> dic
 
 
 def of_command(records: Iterable[Record], command: str) -> list[Record]:
-    """Those of a command with what is tabled of it: of `eval` tasks, of `sensitivity` no scores of one pass."""
-    needed = {"eval": "tasks", "sensitivity": "sensitivity"}.get(command)
+    """Those of a command with what is tabled of it: no scores of one pass, no shard timed by itself."""
+    needed = {"eval": "tasks", "sensitivity": "sensitivity", "bench": "plans"}.get(command)
     return [r for r in records if r["command"] == command and (needed is None or needed in r["result"])]
 
 

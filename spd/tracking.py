@@ -75,7 +75,7 @@ def _points(command: str, result: dict) -> Points:
     if command == "sensitivity":
         for name in ("sensitivity", "sensitivity_nats"):  # neither, where it is scores of one pass
             yield from ((block, {name: value}) for block, value in enumerate(result.get(name, [])))
-    elif command == "bench":
+    elif command == "bench" and "plans" in result:
         rows = [row for row in result["plans"] if row.get("communicates", True)]
         full = next((row["ttft_ms"]["median"] for row in rows if row["blocks_dropped"] == 0), None)
         for row in rows:
@@ -88,8 +88,8 @@ def _points(command: str, result: dict) -> Points:
             yield block["index"], {name: block[name] for name in ("loss_before", "loss_after")}
     elif command == "plan":
         yield 0, {"blocks_dropped": result["budget"]["blocks"]}
-    else:
-        yield _dropped(result), _scores(result)
+    else:  # `bench` of a shard by itself predicts several plans
+        yield from ((_dropped(row), _scores(row)) for row in result.get("predicted", [result]))
 
 
 def _scores(result: dict) -> dict[str, float | None]:

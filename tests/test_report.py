@@ -191,8 +191,10 @@ def test_a_plan_of_other_sensitivities_colours_nothing(put):
     assert "class" not in table.frame and len(table.records) == 1
 
 
-def test_scores_of_one_pass_are_no_sensitivities(put, tmp_path):
+def test_what_has_other_numbers_is_passed_over(put, tmp_path):
+    """Scores of one pass in place of sensitivities, and one shard's time in place of plans'."""
     put("sensitivity", _sensitivity())
+    put("bench", {"share": {}, "predicted": []})
     fast = put("sensitivity", {"scores": {"attention": {"drop": [1.0] * BLOCKS}}, "tokens": 70, "windows": 10})
     records = load_records([fast.parent])
     (table,) = tables(records)

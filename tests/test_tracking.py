@@ -30,6 +30,9 @@ def test_a_sweep_is_a_run_a_strategy_with_the_same_names_over_blocks_dropped():
     ]
     ((_, metrics),) = curves(_record("bench", {"plans": rows}))
     assert {("ttft_ms", 2.0, 1), ("speedup", 2.0, 1), ("speedup", 1.0, 0)} <= set(metrics)
+    alone = [{"plan": plan, "ttft_ms": ttft, "tpot_ms": None} for plan, ttft in (("FF FF", 4.0), ("DF FF", 2.0))]
+    ((_, metrics),) = curves(_record("bench", {"share": {}, "predicted": alone}))
+    assert metrics == [("ttft_ms", 4.0, 0), ("ttft_ms", 2.0, 1), ("seconds", 1.5, 0)]
     repaired = {"blocks": [{"index": 2, "loss_before": 0.5, "loss_after": 0.25}], "plan": "FF FF DF"}
     repaired |= {"perplexity_before": 5.0, "perplexity_after": 4.0}
     ((_, metrics),) = curves(_record("distill", repaired))
