@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from spd.errors import SPDError
 from spd.report import write
 
-MARKERS = "osD^vP"
 REPORT = {".": "spd.report"}
 DRAWN_BY = {  # the scripts that draw a folder of records, by the folder below its own that each draws in
     "ablation": {".": "draw_ablation"},

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 import seaborn as sns
-from draw import MARKERS
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from spd.comm import Link
-from spd.report import axis_of_blocks, canvas, finish, plain
+from spd.report import MARKERS, axis_of_blocks, canvas, finish, plain
 from spd.tables import Record, Table, column, machine, number, of_command, timing_words, timings, value
 
 COMMON = ("tp", "world", "batch", "prompt_len", "new_tokens", "dtype", "compile", "transport")

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from draw import MARKERS, legend
+from draw import legend
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from spd.report import COLOURS, canvas, finish, plain
+from spd.report import COLOURS, MARKERS, canvas, finish, plain
 from spd.tables import Record, Table, newest, value
 
 KINDS = {"stated": ("ring over the stated link", COLOURS[7], ":", "^"),

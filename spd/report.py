@@ -45,10 +45,20 @@ from spd.tables import (
 BLUE, ORANGE, GREEN, RED, PURPLE, *_ = COLOURS = sns.color_palette("colorblind")
 STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("paper"), "font.sans-serif": ["DejaVu Sans"]}
 CLASS_COLOURS = {"ISB": BLUE, "SB": ORANGE, "ESB": PURPLE}
-STRATEGIES = {"zs": "ZS: zero-shot", "b2b": "ZS + B2B distillation", "b2b+hg": "ZS + B2B + head grouping",
-              "closed-form": "closed form", "best": "best recipe"}  # fmt: skip
-PARTS = {"compute_ms": ("computation", BLUE), "real_ms": ("real collectives", ORANGE),
-         "emulated_ms": ("emulated link", "0.72")}  # fmt: skip
+STRATEGIES = {
+    "zs": "ZS: zero-shot",
+    "b2b": "ZS + B2B distillation",
+    "b2b+hg": "ZS + B2B + head grouping",
+    "closed-form": "closed form",
+    "best": "best recipe",
+}
+PARTS = {
+    "compute_ms": ("computation", BLUE),
+    "real_ms": ("real collectives", ORANGE),
+    "emulated_ms": ("emulated link", "0.72"),
+}
+UNITS = {"sensitivity": "perplexity points", "sensitivity_nats": "nats"}
+MARKERS = "osD^vP"
 LOG_FROM = 8  # a span of perplexities wider than this factor is drawn on a logarithmic axis
 TITLE = "# Tables\n\nMade from the records named under each table; nothing is typed in.\n"
 plain = FuncFormatter(lambda value, _: f"{value:.4g}".replace("-", "−"))  # a tick's label
@@ -139,16 +149,15 @@ def sensitivity_figure(table: Table) -> Figure:
     figure = canvas(min(11.0, max(6.4, 3 + 0.13 * len(table.frame))), 5.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     taus = {sign: plan["result"][key] for plan in table.records[1:] for sign, key in (("τ₁", "tau1"), ("τ₂", "tau2"))}
-    _sensitivity_panel(upper, table, taus=taus)
-    _sensitivity_panel(lower, table, "sensitivity_nats", "nats")
+    _sensitivity_panel(upper, table, "sensitivity", taus)
+    _sensitivity_panel(lower, table, "sensitivity_nats", {})
     upper.set_xlabel("")
     _class_legend(upper, table.frame, CLASSES, columns=2)
     return finish(figure, table.caption, table.records)
 
 
-def _sensitivity_panel(ax: Axes, table: Table, column: str = "sensitivity", unit: str = "perplexity points",
-                       taus: Mapping[str, float] | None = None) -> None:  # fmt: skip
-    frame, taus = table.frame, taus or {}
+def _sensitivity_panel(ax: Axes, table: Table, column: str, taus: Mapping[str, float]) -> None:
+    frame = table.frame
     colours = frame["class"].map(CLASS_COLOURS) if "class" in frame else [BLUE] * len(frame)
     if "dropped" in frame:  # outside the budget pale, which unlike transparency hides the grid
         pale = [[0.4 * part + 0.6 for part in colour] for colour in colours]
@@ -163,7 +172,7 @@ def _sensitivity_panel(ax: Axes, table: Table, column: str = "sensitivity", unit
         ax.annotate(name, (1, tau), (3, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="center")
     ax.margins(y=0.12)
     ax.axhline(0, color="0.25", linewidth=0.8)
-    ax.set(xlabel="block", ylabel=f"sensitivity ({unit})", xlim=(-0.7, len(frame) - 0.3))
+    ax.set(xlabel="block", ylabel=f"sensitivity ({UNITS[column]})", xlim=(-0.7, len(frame) - 0.3))
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter(plain)
     ax.grid(visible=False, axis="x")
@@ -198,8 +207,8 @@ def _single(panel: Callable[[Axes, Table], None], table: Table, width: float = 6
 
 def _perplexity_panel(ax: Axes, table: Table) -> None:
     frame = table.frame.replace({"strategy": STRATEGIES})
-    sns.lineplot(frame, x="percent", y="perplexity", hue="strategy", style="strategy", markers=True, dashes=False,
-                 ax=ax, palette="colorblind", zorder=3)  # fmt: skip
+    look = {"markers": True, "dashes": False, "palette": "colorblind", "zorder": 3}
+    sns.lineplot(frame, x="percent", y="perplexity", hue="strategy", style="strategy", ax=ax, **look)
     full = frame.loc[frame["blocks"] == 0, "perplexity"].iloc[0]
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.4g}")
     if frame["perplexity"].max() > LOG_FROM * full:
@@ -233,8 +242,8 @@ def _accuracy_panel(ax: Axes, table: Table, chance: float) -> None:
     curves = table.frame.groupby("strategy", sort=False)
     for i, (name, points) in enumerate(curves):
         x = points["percent"] + 0.8 * (i - (len(curves) - 1) / 2)  # beside one another, so that all bars are seen
-        ax.errorbar(x, 100 * points["acc"], 100 * points["stderr"], label=STRATEGIES.get(name, name),
-                    color=COLOURS[i], marker="osD^vP"[i % 6], markersize=4, elinewidth=0.8, capsize=2)  # fmt: skip
+        look = {"color": COLOURS[i], "marker": MARKERS[i % 6], "markersize": 4, "elinewidth": 0.8, "capsize": 2}
+        ax.errorbar(x, 100 * points["acc"], 100 * points["stderr"], label=STRATEGIES.get(name, name), **look)
     full = 100 * table.frame["full"].iloc[-1]
     ax.axhline(full, color="0.25", linestyle="--", linewidth=1, label=f"all full: {full:.1f} %")
     ax.axhline(100 * chance, color="0.5", linestyle=":", linewidth=1, label=f"guessing: {100 * chance:.1f} %")
@@ -298,11 +307,14 @@ def overview_figure(made: Sequence[Table]) -> Figure:
 
 
 def _overview_sensitivity(ax: Axes, table: Table) -> None:
-    _sensitivity_panel(ax, table)
+    _sensitivity_panel(ax, table, "sensitivity", {})
     _class_legend(ax, table.frame, {name: name for name in CLASSES}, columns=4)
 
 
 # By the kind of a table: its figure, and its panel of the overview.
 FIGURES = {"sensitivity": sensitivity_figure, "perplexity": partial(_single, _perplexity_panel), "ttft": ttft_figure}
-OVERVIEW = {"sensitivity": _overview_sensitivity, "perplexity": _perplexity_panel,
-            "ttft": partial(_ttft_panel, narrow=True)}  # fmt: skip
+OVERVIEW = {
+    "sensitivity": _overview_sensitivity,
+    "perplexity": _perplexity_panel,
+    "ttft": partial(_ttft_panel, narrow=True),
+}
