@@ -72,6 +72,11 @@ class Family:
     learned_positions: bool = False  # added to the embeddings, in place of the rotary embedding
     gated: bool = True  # silu(gate) up, or relu(up)
 
+    @property
+    def architecture(self) -> str:
+        """transformers' class of its models."""
+        return self.hf.__name__.replace("Config", "ForCausalLM")
+
 
 FAMILIES = {  # by transformers' model_type
     "llama": Family("LLaMA", LlamaConfig),

@@ -297,11 +297,11 @@ class SPDModel:
         if config.family != self.config.family:  # what the other family has in another form, or not at all
             windows = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
             description = {name: value for name, value in description.items() if name not in windows}
-            architecture = config.form.hf.__name__.replace("Config", "ForCausalLM")
-            description |= {"architectures": [architecture], "rope_parameters": own["rope_parameters"]}
+            description["rope_parameters"] = own["rope_parameters"]
+        architecture = config.form.architecture
         description = {name: value for name, value in description.items() if name not in ("torch_dtype", "spd")}
-        family = (description.get("architectures") or ["LlamaForCausalLM"])[0].removeprefix("SPD")
-        description |= {"architectures": [f"SPD{family}"], "spd": served} if served else {"architectures": [family]}
+        description |= {"architectures": [f"SPD{architecture}" if served else architecture]}
+        description |= {"spd": served} if served else {}
         description |= {name: own[name] for name in DESCRIBED if name in own}
         description |= {} if config.family == "opt" else {"head_dim": config.head_dim}
         description["dtype"] = str(self.transformer.embedding.weight.dtype).removeprefix("torch.")
@@ -315,7 +315,7 @@ class SPDModel:
         said |= {"syncs": self.plan.syncs(), "all": 2 * len(self.plan), "dropped": len(self.plan.dropped())}
         said |= {"version": __version__, "fingerprint": self.fingerprint, "repaired": "", "measured": ""}
         said["dense"] = "another function than under it"
-        served = self.config.form.hf.__name__.replace("Config", "ForCausalLM") in FAMILIES  # an export's is LLaMA else
+        served = self.config.form.architecture in FAMILIES  # an export's is LLaMA else
         own = (
             "The plug-in for vLLM does not know the family; `spd eval --model {folder} --plan {folder} --tp {tp}` does."
         )
