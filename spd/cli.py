@@ -32,6 +32,8 @@ from spd.options import (
 )
 from spd.session import Session
 
+FOREIGN = "Some record is not of the form that its command writes"
+
 # ---------------------------------------------------------------- commands
 
 
@@ -314,7 +316,9 @@ def profile(session: Session) -> None:
     if all(path.suffix == ".csv" for path in o.benches):
         return session.publish(profile_tables(o.benches))
     fitted, checked = ([r for r in load_records(paths) if r["command"] == "bench"] for paths in (o.benches, o.check))
-    session.publish(calibrate(fitted, checked, o.statistic))
+    with reading(FOREIGN):
+        result = calibrate(fitted, checked, o.statistic)
+    session.publish(result)
 
 
 @command(option("drawn", "Record files, or folders of them.", Path, nargs="+", metavar="RECORDS"), result_in=None)
@@ -323,7 +327,7 @@ def report(session: Session) -> None:
     from spd.report import report as draw
 
     out = session.options.out or Path("figures")
-    with reading("Some record is not of the form that its command writes"):
+    with reading(FOREIGN):
         result = draw(session.options.drawn, out)
     print((out / "tables.md").read_text(), file=sys.stderr)
     session.publish(result, files=[Path(file) for file in result["files"]])
@@ -342,6 +346,8 @@ def main(only: Command | None = None) -> None:
         from spd.launch import leave
 
         leave(130)
+    except OSError as error:  # a name too long, a disk that is full
+        fail(f"{error.filename or 'A file or connection'}: {error.strerror or error}.", 1)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="spd-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)

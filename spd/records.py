@@ -140,7 +140,7 @@ def files_of(paths: Iterable[Path | str]) -> list[Path]:
 
 def read_record(path: Path) -> dict:
     try:
-        record = json.loads(regular(path).read_text(encoding="utf-8"), parse_constant=_refuse)
+        record = strict_json(path)
         Record.model_validate(record)
         json.dumps(record, ensure_ascii=False).encode()  # half a character can be written in JSON, and nowhere else
         return record
@@ -152,8 +152,15 @@ def read_record(path: Path) -> dict:
         raise SPDError(f"Record {path} is not strict JSON: {error}.") from error
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number of JSON")
+def strict_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where that is not strict JSON, or where a number is not finite."""
+    return json.loads(regular(path).read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a number of JSON")
+    return value
 
 
 # ---------------------------------------------------------------- files

@@ -4,12 +4,14 @@ Only tensors that a repair changed are kept, under their name in `Transformer`, 
 its own: (tp, ...). The layout does not depend on the number of processes.
 """
 
+import errno
+import fcntl
 import json
 import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import torch
 from pydantic import BaseModel, Field, FiniteFloat
@@ -46,7 +48,8 @@ class Repairs:
     """
 
     def __init__(self, folder: Path, arguments: dict, is_main: bool, shards: Shards):
-        """Raises SPDError where the folder holds the work of other `arguments`."""
+        """Raises SPDError where the folder holds the work of other `arguments`, or another process is at work there."""
+        self.lock = claim(folder) if is_main and not ended(folder) else None
         self.folder, self.is_main, self.shards = folder, is_main, shards
         now = json.loads(json.dumps(arguments))
         self.state = {"arguments": now, "seconds": 0.0, "stages": {}, "files": {}, "epoch": None}
@@ -112,13 +115,30 @@ class Repairs:
         """Writes the plan, with the names of the blocks' files and the result, which it gives."""
         files, result = list(self.state["files"].values()), result | {"seconds": time.monotonic() - self.started}
         if self.is_main:
-            for path in self.folder.glob(f"{BLOCKS}/*"):  # of earlier stages and epochs: several times the model's size
+            for path in self.folder.glob(f"{BLOCKS}/*"):  # of earlier stages and epochs: several times the model
                 if f"{BLOCKS}/{path.name}" not in files:
                     path.unlink()
             same = {"arguments": self.state["arguments"], "changed": files, "result": result}
             write_json(self.folder / PLAN, plan | same)
             (self.folder / PROGRESS).unlink(missing_ok=True)
+            self.lock.close()
         return result
+
+
+def claim(folder: Path) -> TextIO:
+    """Holds a repair's folder until the file given is closed, or this process ends, however it does.
+
+    Raises SPDError where another process holds it.
+    """
+    path = folder / BLOCKS / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system that has no locks
+            raise SPDError(f"Another process is at work in {folder}; wait for it, or give another folder.") from None
+    return file
 
 
 def ended(folder: Path) -> State | None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from argparse import Namespace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ class Session:
 
     def __init__(self, command: Command, options: Namespace):
         self.command, self.options, self.started = command, options, datetime.now(UTC)
+        self.clock = time.monotonic()  # lengths are not the difference of two dates, which somebody may set back
         self.question = self.question_without()
         self.result_file = None  # where `--out` takes the result; the command may write there itself
         if options.out is not None and command.result_in is not None:
@@ -53,6 +55,8 @@ class Session:
             self.replicas = self.runtime.replicas(getattr(self.options, "data_parallel", 1))
             if self.runtime.is_main:  # before the work, lest its result have nowhere to go
                 records.check_writable(self.options.records)
+                if self.result_file is not None and self.result_file.is_dir():
+                    raise SPDError(f"The result cannot be written to {self.result_file}: that is a folder.")
                 if self.options.out is not None:
                     records.check_writable((self.result_file or self.options.out / "x").parent)
             self.command.function(self)
@@ -61,10 +65,10 @@ class Session:
         """The result in `--out`, if it answers this very question and its record is still there."""
         if self.result_file is None:
             return None
-        from spd.records import regular
+        from spd.records import strict_json
 
         try:
-            document = json.loads(regular(self.result_file).read_text())
+            document = strict_json(self.result_file)
             recorded = Path(self.options.records, f"{document['record']}.json").exists()
             return document if document["question"] == self.question and recorded else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SPDError):  # no file, or not of this kind
@@ -171,6 +175,7 @@ class Session:
         stated = {"model": model, "tp": tp or getattr(o, "tp", None), "data": data}
         document = result | {name: value for name, value in stated.items() if value is not None}
         stated |= {"plan": result.get("plan"), "reproduction": o.reproduction}
+        stated |= {"seconds": time.monotonic() - self.clock}
         record = records.make_record(self.command.name, vars(o), document, started=self.started, **stated)
         document |= {"question": self.question, "record": record["id"]}
         path = records.write_record(record | {"result": document}, o.records)

@@ -1,7 +1,10 @@
 """What comes from outside: numbers that are none, files that lie elsewhere, tokens that the model does not know."""
 
+import json
 import os
 import shutil
+import signal
+from datetime import timedelta
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from spd.evaluate import perplexity
 from spd.generate import Sampling, generate
 from spd.options import COMMANDS
 from spd.records import inside, parsed, regular
+from spd.repairs import claim
 from spd.session import Session
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -134,6 +138,32 @@ def test_an_out_that_holds_no_answer_is_asked_anew(tmp_path, kind):
         out.write_text("[" * 100_000)
     options = COMMANDS["plan"].parse(["s.json", "--out", str(out)])
     assert Session(COMMANDS["plan"], options).answer() is None
+
+
+def test_two_processes_do_not_repair_in_one_folder(tmp_path):
+    """The second is refused in words; one that was killed holds nothing, and a process does not wait for itself."""
+    held, holds = os.pipe()
+    holder = os.fork()
+    if not holder:
+        lock = claim(tmp_path)
+        os.write(holds, b"x" if lock else b"")
+        signal.pause()
+    assert os.read(held, 1)
+    with pytest.raises(SPDError, match="Another process is at work in .*; wait for it, or give another folder"):
+        claim(tmp_path)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert claim(tmp_path) and claim(tmp_path)
+
+
+def test_a_clock_that_is_set_back_makes_no_time_negative(tmp_path, monkeypatch):
+    (tmp_path / "s.json").write_text(json.dumps({"sensitivity": [1.0, 2.0], "model": {"fingerprint": "f"}, "tp": 2}))
+    session = Session(COMMANDS["plan"], COMMANDS["plan"].parse([str(tmp_path / "s.json"), "--records", str(tmp_path)]))
+    session.started += timedelta(hours=1)
+    session.options.mlflow = False
+    session.run()
+    (record,) = tmp_path.glob("*-plan-*.json")
+    assert 0 <= json.loads(record.read_text())["seconds"] < 60
 
 
 def test_a_message_is_one_line_that_keeps_its_beginning_and_end():
