@@ -12,7 +12,7 @@ endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONPATH := .:experiments:paper_figures:$(PYTHONPATH)
 export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
-.PHONY: help env test fuzz check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
+.PHONY: help env test fuzz torture audit check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation predict budget
 #:   PYTHON=...       use this interpreter and make no environment
 #:   ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
 #:   TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
@@ -37,7 +37,13 @@ test: $(READY)  ## Run the test suite
 check-vllm: .vllm/.ready  ## Serve exported folders by vLLM itself, on CPUs, beside the engine; MODEL=DIR: that one too
 	HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/.vllm" $(PYTHON) -m pytest -rP tests/vllm_check.py $(ARGS)
 fuzz: $(READY)  ## N=10000 mutated files, as users might give them (FUZZ_FROM=SEED: others), with a tally
-	HF_HUB_OFFLINE=1 FUZZ=$(or $(N),10000) $(PYTHON) -m pytest -qs --tb=short tests/test_fuzz.py $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FUZZ=$(or $(N),10000) $(PYTHON) -m pytest -qs --tb=short tests/test_fuzz.py -k mutated $(ARGS)
+torture: $(READY)  ## Kill commands KILLS=100 times, fill disks, take servers away: the same records must come out
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 KILLS=$(or $(KILLS),100) $(PYTHON) -m pytest -rP --tb=short tests/torture.py $(ARGS)
+audit: $(READY)  ## Known vulnerabilities of the pins, by pip-audit (put into .audit), which asks pypi.org
+	$(PYTHON) -m pip install --quiet --upgrade --target .audit pip-audit==2.10.1
+	sed -n 's/^ *- \([a-z].*==.*\)/\1/p' environment.yml >.audit/pins.txt
+	PYTHONPATH=.audit $(PYTHON) -m pip_audit --no-deps --disable-pip -r .audit/pins.txt $(ARGS)
 lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
@@ -112,7 +118,7 @@ mlflow-ui: $(READY)  ## Compare runs in the browser, the committed ones among th
 	$(PYTHON) -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" $(ARGS)
 clean:  ## Remove caches and build products; environments, records and results stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find . \( -name .git -o -name .venv -o -name .conda -o -name .vllm \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . \( -name .git -o -name .venv -o -name .conda -o -name .vllm -o -name .audit \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 clean-env:  ## Remove the environment
-	rm -rf .venv .conda .vllm
+	rm -rf .venv .conda .vllm .audit
 .NOTPARALLEL:  # a stage that is timed wants the machine to itself

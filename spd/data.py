@@ -1,6 +1,7 @@
 """Token windows for calibration and evaluation."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,22 +79,21 @@ def read_windows(
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, wanted: int | None) -> tuple[list[int], bool, str | None]:
     """(token ids, of which `wanted` are enough, whether they are all of the text's, note)."""
-    characters = 0 if text == "builtin-train" and wanted is not None else WHOLE  # parsing all of it takes a minute
-    if wanted is not None:
-        characters = max(characters, wanted * CHARACTERS_PER_TOKEN)
+    wish = math.inf if wanted is None else wanted * CHARACTERS_PER_TOKEN
     while True:
-        content = read_text(text, characters + 1)
-        whole = len(content) <= characters
-        if not whole and wanted is None:
+        most = min(wish, WHOLE) if text == "builtin-train" else WHOLE  # parsing all of that takes a minute
+        content = read_text(text, most + 1)
+        whole = len(content) <= most
+        if not whole and wish > WHOLE:
             raise SPDError(
                 f"The text {text} has more than {WHOLE:,} characters, too many to be tokenised at once; say how many "
-                "windows are wanted (--windows), and no more of it is read than they take."
+                f"windows are wanted (--windows), of {WHOLE // CHARACTERS_PER_TOKEN:,} tokens at most."
             )
-        ids = tokenizer(content, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(content if whole else content[:wish], add_special_tokens=False)["input_ids"]
         if whole or len(ids) >= wanted + SPARE:
             note = corpus.difference_from_committed(content, BUILTIN[text]) if whole and text in BUILTIN else None
             return ids, whole, note
-        characters *= 2
+        wish *= 2
 
 
 def read_text(text: str, characters: int | None = None) -> str:

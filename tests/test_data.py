@@ -98,13 +98,17 @@ def test_training_text_is_read_no_further_than_asked(tokenizer):
 
 def test_a_text_too_long_to_be_tokenised_at_once_is_read_as_far_as_asked(text, tokenizer, monkeypatch):
     whole = read_windows(str(text), tokenizer, seq_len=32)
-    monkeypatch.setattr("spd.data.WHOLE", 1000)  # the text has 6,690 characters
+    monkeypatch.setattr("spd.data.WHOLE", 5000)  # the text has 6,690 characters
     monkeypatch.setattr("spd.data.CHARACTERS_PER_TOKEN", 1)  # too few at first
     part = read_windows(str(text), tokenizer, seq_len=32, windows=20, skip=3)
     assert torch.equal(part.tokens, whole.tokens[3:23]) and part.available is None
+    for windows in (None, 10**6):
+        with pytest.raises(
+            SPDError, match=r"more than 5,000 characters.*say how many windows.*of 5,000 tokens at most"
+        ):
+            read_windows(str(text), tokenizer, 32, windows)
+    monkeypatch.setattr("spd.data.WHOLE", 7000)
     assert torch.equal(read_windows(str(text), tokenizer, 32, 10**6).tokens, whole.tokens)
-    with pytest.raises(SPDError, match=r"more than 1,000 characters.*say how many windows are wanted \(--windows\)"):
-        read_windows(str(text), tokenizer, seq_len=32)
 
 
 def test_a_changed_built_in_text_is_said(tokenizer, monkeypatch):
