@@ -18,10 +18,10 @@ export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
 #:   TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
 #:   ARGS=...         more arguments for pytest, every stage of a reproduction, bench-* or the MLflow server
 #:   MODEL=DIR TEXT=FILE TP=N   reproduce-* on another model, text or tensor-parallel degree
-#:   NPROC=N NNODES=N NODE_RANK=N MASTER_ADDR=HOST   processes a node, and nodes, of reproduce-*
+#:   NPROC=N NNODES=N NODE_RANK=N RDZV=HOST:PORT   processes a node, and nodes, of reproduce-*; the first node's address
 #:   EVAL_TEXT=FILE TASKS=a,b TASKS_DIR=DIR LIMIT=N STRATEGIES=a,b DEVICE=NAME   see the README
 #:   MODELS, TPS, TEXTS, LINKS   lists that sensitivities and bench-links go over
-#:   DRY_RUN=1 SHAPE_ONLY=1      say what it takes, or run the chain on two random blocks
+#:   DRY_RUN=1 SHAPE_ONLY=1 FORCE=1   say what it takes; run the chain on two random blocks; go on whatever is missing
 help:  ## Show this list
 	@sed -n 's/^\([a-z][a-z0-9%-]*\)[:)].*# *\([A-Z].*\)/  \1                    \2/p' Makefile experiments/measure.sh | sed 's/^\(  .\{17\}\) */\1/'
 	@echo "Settings:"; sed -n 's/^#: //p' Makefile
@@ -54,45 +54,51 @@ NNODES ?= 1
 NODE_RANK ?= 0
 RUN = runs/$(or $(NAME),$(notdir $(patsubst %/,%,$(MODEL))),$*)-tp$(TP)
 CUDA = $(filter cuda,$(or $(DEVICE),$(shell sed -n 's/^  device: *//p' $<)))
-NODES = $(if $(filter-out 1,$(NNODES)),--nnodes $(NNODES) --rdzv-backend c10d --rdzv-endpoint $(MASTER_ADDR):29500,--standalone)
+NODES = $(if $(filter-out 1,$(NNODES)),--nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-endpoint $(RDZV),--standalone)
 TORCHRUN = $(PYTHON) -m torch.distributed.run $(NODES) --nproc-per-node
 GO = $(if $(filter 1-1,$(NPROC)-$(NNODES)),$(PYTHON),$(TORCHRUN) $(NPROC))
-FIRST = $(if $(filter 0,$(NODE_RANK)),,@: )
+# Of a sweep each of the node's GPUS may hold a copy of the model (7B and 13B).
+COPIES = $(filter-out 1,$(if $(GPUS),$(shell echo $$(( $(GPUS) * $(NNODES) )))))
+FIRST = $(if $(filter 0,$(NODE_RANK)),,@exit 0; )
 SECTIONS = $(shell sed -n 's/^\([a-z0-9]*\):.*/\1/p' $<)
 TO = --records $(RUN)/records --reproduction $(notdir $(RUN)) $(ARGS)
 ON = --tp $(TP) $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device $(DEVICE)) $(if $(TEXT),--text "$(TEXT)")
 TASK = $(if $(TASKS),--tasks $(TASKS)) $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)") $(if $(LIMIT),--limit $(LIMIT))
 # On a text of the user's for a paper's experiment, evaluation is on another text, or on the windows after calibration's.
 APART = $(if $(EVAL_TEXT),--calibration-text "$(TEXT)" --text "$(EVAL_TEXT)",$(if $(CUDA),$(if $(TEXT),--calibration-text "$(TEXT)" --skip 128)))
-TIMED = $(if $(CUDA),[ $(TP) = $$(( $(NPROC) * $(NNODES) )) ] || { echo "Latency was left out: NPROC=$(TP)." >&2; exit 0; }; $(GO),$(PYTHON))
+TIMED = $(if $(CUDA),[ $(TP) = $$(( $(NPROC) * $(NNODES) )) ] || { echo "Latency was left out: NPROC=$(TP)." >&2; exit 0; }; $(GO),$(FIRST)$(PYTHON))
 BENCH = -m spd --experiment $< bench --sensitivity $(RUN)/sensitivity.json $(if $(MODEL),--model "$(MODEL)") $(if $(CUDA),--device cuda --tp $(TP))
 ifndef DRY_RUN
 reproduce-%: experiments/%.yaml | $(READY)  ## Of experiments/NAME.yaml: sensitivity, plan, repairs, accuracy, latency, figures
 	$(if $(CUDA),$(if $(filter 1,$(NNODES)),$(PYTHON),$(TORCHRUN) 1) experiments/preflight.py $< --tp $(TP) --processes $(NPROC) \
-	  --nodes $(NNODES) $(if $(MODEL),--model "$(MODEL)") $(if $(TEXT),--text "$(TEXT)") $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)"))
+	  --nodes $(NNODES) $(if $(GPUS),--gpus $(GPUS)) $(if $(FORCE),--force) $(if $(MODEL),--model "$(MODEL)") $(if $(TEXT),--text "$(TEXT)") $(if $(TASKS_DIR),--tasks-dir "$(TASKS_DIR)"))
 	$(GO) -m spd --experiment $< sensitivity $(ON) $(TO) --out $(RUN)/sensitivity.json >/dev/null
 	$(FIRST)$(PYTHON) -m spd --experiment $< plan $(RUN)/sensitivity.json $(TO) --out $(RUN)/plan.json >/dev/null
-	$(GO) -m spd --experiment $< sweep $(RUN)/sensitivity.json $(ON) $(APART) $(TASK) $(if $(STRATEGIES),--strategies $(STRATEGIES)) \
-	  --repairs $(RUN)/repairs $(TO) --out $(RUN)/sweep.json >/dev/null
+	$(if $(COPIES),$(TORCHRUN) $(GPUS),$(GO)) -m spd --experiment $< sweep $(RUN)/sensitivity.json $(ON) $(APART) $(TASK) \
+	  $(if $(STRATEGIES),--strategies $(STRATEGIES)) $(if $(COPIES),--data-parallel $(COPIES)) --repairs $(RUN)/repairs $(TO) --out $(RUN)/sweep.json >/dev/null
 	$(if $(filter table1,$(SECTIONS)),$(GO) experiments/table1.py --experiment $< $(ON) $(TO) --out $(RUN)/table1.json >/dev/null)
 	$(if $(filter distill,$(SECTIONS)),$(GO) -m spd --experiment $< distill --plan $(RUN)/plan.json $(ON) $(TO) --out $(RUN)/repaired >/dev/null)
 	$(if $(filter eval,$(SECTIONS)),$(GO) -m spd --experiment $< eval --plan $(RUN)/repaired $(ON) $(TASK) $(TO) --out $(RUN)/eval.json >/dev/null)
 	$(TIMED) $(BENCH) $(TO) --out $(RUN)/bench.json >/dev/null
+	$(if $(CUDA),$(TIMED) $(BENCH) --compile $(TO) --records $(RUN)/compiled --out $(RUN)/bench-compiled.json >/dev/null)
 	$(if $(CUDA),export NCCL_P2P_DISABLE=1; $(TIMED) $(BENCH) $(TO) --records $(RUN)/lbw --out $(RUN)/bench-lbw.json >/dev/null)
+	$(if $(CUDA),export NCCL_P2P_DISABLE=1; $(TIMED) $(BENCH) --compile $(TO) --records $(RUN)/lbw-compiled --out $(RUN)/bench-lbw-compiled.json >/dev/null)
 	$(FIRST)$(PYTHON) -m spd report $(RUN)/records $(TO) --out $(RUN)/figures >/dev/null
-	$(if $(CUDA),$(FIRST)[ ! -d $(RUN)/lbw ] || $(PYTHON) -m spd report $(RUN)/lbw $(TO) --out $(RUN)/figures/lbw >/dev/null)
+	$(if $(CUDA),$(FIRST)for of in compiled lbw lbw-compiled; do [ ! -d $(RUN)/$$of ] || \
+	  $(PYTHON) -m spd report $(RUN)/$$of $(TO) --out $(RUN)/figures/$$of >/dev/null || exit; done)
 	@echo "Figures and tables are in $(RUN)/figures, records in $(RUN)/records; 'make mlflow-ui' compares runs." >&2
 else
 reproduce-%: experiments/%.yaml | $(READY)
 	+@$(MAKE) --no-print-directory -n DRY_RUN= $@
-	@$(PYTHON) experiments/budget.py $< --tp $(TP) --processes $$(( $(NPROC) * $(NNODES) )) --nodes $(NNODES) $(if $(MODEL),--model "$(MODEL)")
+	@$(PYTHON) experiments/budget.py $< --tp $(TP) --processes $$(( $(NPROC) * $(NNODES) )) --nodes $(NNODES) \
+	  $(if $(COPIES),--data-parallel $(COPIES)) $(if $(MODEL),--model "$(MODEL)")
 endif
 PAPER = $(@:reproduce-%=llama2-%)
 reproduce-smollm2: TP = 3
 ifndef SHAPE_ONLY
 reproduce-7b reproduce-13b:
 	+@for tp in $(if $(filter file,$(origin TP)),8 4,$(TP)); do $(MAKE) --no-print-directory reproduce-$(PAPER) TP=$$tp \
-	  NPROC=$$(( $(NPROC) * $(NNODES) < tp ? $(NPROC) : tp / $(NNODES) )) || exit; done
+	  NPROC=$$(( $(NPROC) * $(NNODES) < tp ? $(NPROC) : tp / $(NNODES) )) GPUS=$(NPROC) || exit; done
 reproduce-70b:  ## LLaMA2-70B on the node's eight GPUs; reproduce-7b and -13b: at tp 8 and 4 on one, or NPROC=8
 	+@$(MAKE) --no-print-directory reproduce-$(PAPER) NPROC=$(if $(filter file,$(origin NPROC)),8,$(NPROC))
 else

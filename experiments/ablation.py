@@ -90,9 +90,9 @@ def ablation(session) -> None:
     blocks = model.config.num_blocks
     plan = Plan.dropping(blocks, parse_blocks(o.drop, blocks))
     learnt, data, described = session.calibration(model), session.windows(model), model.describe()
-    is_main, identity = session.runtime.is_main, identity_of(model)
+    identity = identity_of(model)
     del model  # each variant reads it afresh
-    repairer = Repairer(session.load, identity, learnt.tokens, o.repairs, is_main, session.progress)
+    repairer = Repairer(session.load, identity, learnt.tokens, o.repairs, session.replicas, session.progress)
     with session.progress(len(compared), "variants") as progress:
         result = ablate(repairer, compared, plan, data.tokens, progress)
     session.publish(result, described, data.describe())

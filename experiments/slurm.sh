@@ -16,7 +16,6 @@ if [ $# -eq 0 ]; then
   echo "Say what to make, as in: sbatch --nodes 1 --gpus-per-node 8 experiments/slurm.sh reproduce-70b" >&2
   exit 1
 fi
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
-srun --kill-on-bad-exit=1 bash -c 'exec make "$@" NNODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID" \
-  MASTER_ADDR="$MASTER_ADDR"' make "$@"
+RDZV=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500
+export RDZV
+srun --kill-on-bad-exit=1 bash -c 'exec make "$@" NNODES="$SLURM_NNODES" NODE_RANK="$SLURM_NODEID" RDZV="$RDZV"' make "$@"

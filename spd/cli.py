@@ -12,6 +12,7 @@ from spd.options import (
     CALIBRATION,
     COMMANDS,
     COMPUTE,
+    COPIES,
     MODEL,
     PERCENTAGES,
     PLAN,
@@ -40,9 +41,7 @@ FOREIGN = "Some record is not of the form that its command writes"
 @command(
     *(*MODEL, *TEXT, *PLANS, *TASKS),
     option("--compare", "Put the model with nothing dropped to the same questions.", bool, False),
-    option(
-        "--data-parallel", "Copies of the model that divide the work, on equal parts of the processes.", at_least(1), 1
-    ),
+    COPIES,
     name="eval",
 )
 def evaluate(session: Session) -> None:
@@ -116,7 +115,7 @@ def plan(session: Session) -> None:
 
 
 @command(
-    *(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, *SENT, *CALIBRATION, *THRESHOLDS, *REPAIR, *TASKS),
+    *(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES, *SENT, *CALIBRATION, *THRESHOLDS, *REPAIR, *TASKS, COPIES),
     option("--strategies", "Of zs, b2b, b2b+hg, closed-form, best; as closed-form@50/100 at these %%.", default="zs"),
     option("--calibration-text", "Text to repair on, where not the one measured on.", metavar="FILE|NAME"),
 )
@@ -125,13 +124,14 @@ def sweep(session: Session) -> None:
 
     The default repairs nothing (zero-shot); the others draw the upper panels of the paper's figure 7, and go past it.
     Repairs are in float32, whatever --dtype evaluates. --tasks adds accuracy, compared with that of nothing dropped.
+    Copies of the model divide the evaluation; for repairs there are as few as --tp allows, which divide those.
     """
     from spd.distill import identity_of
     from spd.evaluate import perplexity
     from spd.planner import read_sensitivity, thresholds
     from spd.sweep import BY_CLASS, ZERO_SHOT, Repairer, Sweep, parse_strategies, points_of, sweep_recipes
 
-    o, accuracy, is_main = session.options, session.accuracy(), session.runtime.is_main
+    o, accuracy, copies = session.options, session.accuracy(), session.fewest_replicas()
     strategies, model = parse_strategies(o.strategies), session.load()
     document = read_sensitivity(o.sensitivity, model.fingerprint, o.tp)
     measured, taus = document["sensitivity"], thresholds(document, o.tau1, o.tau2)
@@ -140,8 +140,9 @@ def sweep(session: Session) -> None:
     data, described, learnt = session.windows(model), model.describe(), None
     if [*strategies] != [ZERO_SHOT]:
         learnt = session.calibration(model, o.calibration_text).tokens
-    load = partial(session.load, "float32")
-    repairer = Repairer(load, identity_of(model), learnt, o.repairs, is_main, session.progress)
+    load = partial(session.load, "float32", copies)
+    session.shards(copies)  # every process must ask, and not all repair
+    repairer = Repairer(load, identity_of(model), learnt, o.repairs, copies, session.progress)
     paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
     recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed, o.matmul)
     if accuracy is not None:
@@ -149,7 +150,7 @@ def sweep(session: Session) -> None:
     del model  # the curve reads it afresh for repairs, and two do not fit where one hardly does
 
     def evaluate(model) -> dict:
-        found = perplexity(model.transformer, data.tokens)
+        found = perplexity(model.transformer, data.tokens, replicas=session.replicas)
         scores = accuracy(model) if accuracy is not None else {}
         return {"perplexity": found["perplexity"], "nats": found["nats"]} | scores
 

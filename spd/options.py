@@ -121,6 +121,9 @@ TEXT = (
     option("--windows", "Use the first N windows; left out: all.", at_least(1)),
     option("--skip", "Pass over N windows first, to keep evaluation apart from calibration.", at_least(0), 0),
 )
+COPIES = option(
+    "--data-parallel", "Copies of the model that divide the work, on equal parts of the processes.", at_least(1), 1
+)
 PLAN = option("--plan", "Plan file, or a folder made by 'distill'.", Path, metavar="PATH")
 SENT = (
     option(

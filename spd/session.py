@@ -31,6 +31,7 @@ class Session:
         self.command, self.options, self.started = command, options, datetime.now(UTC)
         self.clock = time.monotonic()  # lengths are not the difference of two dates, which somebody may set back
         self.question = self.question_without()
+        self.groups = {}  # shards of this process, by the copies of the model among whom it has them
         self.result_file = None  # where `--out` takes the result; the command may write there itself
         if options.out is not None and command.result_in is not None:
             self.result_file = options.out / command.result_in
@@ -76,12 +77,22 @@ class Session:
 
     # ------------------------------------------------------------ model and data
 
-    def load(self, dtype: str | None = None):
-        """The `SPDModel` of the options, as read, perhaps of another type."""
+    def fewest_replicas(self):
+        """As few copies of the model as the processes can be, each on a divisor of tp of them."""
+        return self.runtime.replicas(self.runtime.world // math.gcd(self.runtime.world, self.options.tp))
+
+    def shards(self, replicas):
+        """This process's where so many copies of the model run; first asked for by all of them together."""
+        if replicas not in self.groups:
+            self.groups[replicas] = self.runtime.shards(self.options.tp, replicas=replicas)
+        return self.groups[replicas]
+
+    def load(self, dtype: str | None = None, replicas=None):
+        """The `SPDModel` of the options, as read, perhaps of another type or on other copies' processes."""
         from spd.launch import say
         from spd.pretrained import SPDModel
 
-        o, shards = self.options, self.runtime.shards(self.options.tp, replicas=self.replicas)
+        o, shards = self.options, self.shards(replicas or self.replicas)
         model = SPDModel.from_pretrained(o.model, shards=shards, dtype=dtype or o.dtype, device=self.runtime.device)
         if self.runtime.is_main and (note := model.config.padding_note(o.tp)):
             say(f"note: {note}")

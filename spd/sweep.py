@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from spd.checkpoint import load_changed
 from spd.distill import Recipe, arguments_of, distill, recipe_named, total_steps
 from spd.errors import one_of
 from spd.evaluate import Progress, silent
-from spd.launch import bar
+from spd.launch import Replicas, bar
 from spd.options import percentages
 from spd.plan import Plan
 from spd.planner import TAU1, TAU2, make_plan, plans_by_percentage
@@ -21,6 +22,7 @@ from spd.pretrained import SPDModel
 from spd.records import write_json
 from spd.repairs import changed_files, ended, read_json
 
+POLL = 5.0  # seconds
 ZERO_SHOT = "zs"
 # The paper's recipes as its figure 7 applies them: the recipe of a block by its class, the rest dropped as it is.
 BY_CLASS = {ZERO_SHOT: {}, "b2b": {"SB": "b2b", "ESB": "b2b"}, "b2b+hg": {"SB": "b2b", "ESB": "b2b+hg"}}
@@ -60,25 +62,34 @@ class Repairer:
     identity: dict  # that model's (`identity_of`)
     calibration: Tensor | None  # windows (W, T)
     folder: Path
-    is_main: bool = True
+    replicas: Replicas = field(default_factory=Replicas)  # copies of the model that divide the repairs among themselves
     progress: Callable[[int, str], AbstractContextManager[Progress]] = bar  # for each repair: its steps, and their unit
 
-    def repair(self, document: dict, recipe: Recipe, name: str) -> tuple[Path, dict]:
-        """The folder of a plan's repair and its result, also where an earlier run had finished it.
-
-        The folder's name ends with a digest of all that the repair depends on, so that a run with other numbers finds
-        what it shares with the last one.
-        """
+    def folder_of(self, document: dict, recipe: Recipe, name: str) -> Path:
+        """Its name ends with a digest of all that the repair depends on: a run with other numbers finds what it shares
+        with the last one."""
         same = json.dumps(arguments_of(self.identity, self.calibration, document, recipe), sort_keys=True)
-        folder = self.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+        return self.folder / f"{name}-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
+
+    def repair(self, document: dict, recipe: Recipe, name: str) -> tuple[Path, dict]:
+        """The folder of a plan's repair and its result, also where an earlier run had finished it."""
+        folder = self.folder_of(document, recipe, name)
         done = ended(folder)
         result = done and done.result
         if result is None:
             model, steps = self.load(), total_steps(document, recipe, len(self.calibration))
             with self.progress(steps, f"steps of {name}") as progress:
-                result = distill(model, self.calibration, document, recipe, folder, self.is_main, progress)
+                writes = self.replicas.rank % self.replicas.each == 0
+                result = distill(model, self.calibration, document, recipe, folder, writes, progress)
             model.transformer.shards.align()  # the main process has written all of it
         return folder, result
+
+    def share(self, repairs: list[tuple[dict, Recipe, str]]) -> None:
+        """Each copy does its part; then it waits for the others' files, as no collective may wait so long."""
+        for one in repairs[self.replicas.rank // self.replicas.each :: self.replicas.count]:
+            self.repair(*one)
+        while None in [ended(self.folder_of(*one)) for one in repairs]:
+            time.sleep(POLL)
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,11 @@ class Sweep:
             if members:
                 yield document, of_class, f"{of_class}-{block_class}"
 
+    def needed(self, points: list[tuple[str, Plan]]) -> list[tuple[dict, Recipe, str]]:
+        """Each repair of these points once, as `Repairer.repair` takes it."""
+        found = (one for recipe, plan in points for one in self.repairs(recipe, len(plan.dropped())))
+        return list({name: (document, self.recipes[recipe], name) for document, recipe, name in found}.values())
+
     def files(self, recipe: str, plan: Plan) -> frozenset[Path]:
         """Of the blocks that the plan drops, the files of those that the recipe's repair changed."""
         files, dropped = {}, plan.dropped()
@@ -129,6 +145,7 @@ class Sweep:
         that they depend on. `progress` is told of each point.
         """
         asked = points_of(strategies, self.sensitivity, percentages)
+        self.repairer.share(self.needed(asked))
         repaired = [(name, plan, self.files(name, plan)) for name, plan in asked]
         scores = (read_json(kept, dict[str, dict]) if kept else None) or {}
         points, model, loaded = [], None, frozenset()
@@ -142,7 +159,7 @@ class Sweep:
                     load_changed(model.transformer, file)
                 model.plan, loaded = plan.sending(*self.sent), files
                 scores[same] = evaluate(model)
-                if kept and self.repairer.is_main:
+                if kept and self.repairer.replicas.rank == 0:
                     write_json(kept, scores)
             blocks = len(plan.dropped())
             described = {"strategy": name, "blocks": blocks, "percent": 100 * blocks / len(plan)}

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import preflight
 import pytest
 import table1  # noqa: F401  (its section of an experiment is then known)
 import torch
-from budget import QUESTIONS, Budget, Job, answers, bench, document_of, repair, stages, sweep, table
+from budget import LAUNCH, QUESTIONS, Budget, Job, answers, bench, document_of, repair, stages, sweep, table
 from preflight import Needs, missing
 from shape_only import write_shape_only
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +22,7 @@ import spd.cli  # noqa: F401  (declares the commands)
 from spd.config import SHAPES
 from spd.distill import recipe_named
 from spd.errors import SPDError
-from spd.machines import gpu_row
+from spd.machines import Pass, gpu_row
 from spd.options import COMMANDS, read_experiment
 from spd.pretrained import SPDModel
 from spd.records import load_records
@@ -79,7 +81,7 @@ def chain(tmp_path):
     return Chain(tmp_path)
 
 
-PAPER = ["preflight", "sensitivity", "plan", "sweep", "bench", "bench", "report"]
+PAPER = ["preflight", "sensitivity", "plan", "sweep", *4 * ["bench"], "report"]
 
 
 def test_the_stages_of_a_reproduction_in_order(chain):
@@ -114,18 +116,19 @@ def test_the_paper_s_degrees_and_the_processes_they_have(chain):
     assert "--model models/seven" in sweep and "--calibration-text a.txt --skip 128" in sweep
     calls = chain.make("reproduce-7b", "NPROC=8", "TEXT=a.txt", "EVAL_TEXT=b.txt", "STRATEGIES=best")
     launched = [re.match(r"-m torch.distributed.run --standalone --nproc-per-node (\d)", c) for c in calls]
-    assert [m[1] for m in launched if m] == ["8"] * 5 + ["4"] * 5, "never more processes than shards"
+    assert [m[1] for m in launched if m] == ["8"] * 7 + ["4", "8"] + ["4"] * 5, "a sweep is by copies"
+    assert ["--data-parallel 8" in c for c in calls if " sweep " in c] == [True, True]
     assert "--calibration-text a.txt --text b.txt --strategies best" in re.sub(" +", " ", calls[3])
     calls = chain.make("reproduce-70b")
     assert calls[1].startswith("-m torch.distributed.run --standalone --nproc-per-node 8 "), "the node's GPUs by itself"
 
 
 def test_nodes_after_the_first_take_part_in_what_many_processes_do(chain):
-    nodes = ("reproduce-70b", "NNODES=2", "NPROC=4", "MASTER_ADDR=first")
+    nodes = ("reproduce-70b", "NNODES=2", "NPROC=4", "RDZV=first:29500")
     calls = chain.make(*nodes, "NODE_RANK=1")
-    assert [stage_of(call) for call in calls] == ["preflight", "sensitivity", "sweep", "bench", "bench"]
-    meeting = "-m torch.distributed.run --nnodes 2 --rdzv-backend c10d --rdzv-endpoint first:29500 --nproc-per-node "
-    assert [call.startswith(f"{meeting}{n} ") for call, n in zip(calls, "14444", strict=True)] == [True] * 5
+    assert [stage_of(call) for call in calls] == ["preflight", "sensitivity", "sweep", *4 * ["bench"]]
+    meeting = "-m torch.distributed.run --nnodes 2 --node-rank 1 --rdzv-endpoint first:29500 --nproc-per-node "
+    assert [call.startswith(f"{meeting}{n} ") for call, n in zip(calls, "1444444", strict=True)] == [True] * 7
     assert chain.stages(*nodes, "NODE_RANK=0") == PAPER
 
 
@@ -133,7 +136,9 @@ def test_a_dry_run_says_every_command_and_does_nothing(chain):
     before = {p: p.stat().st_mtime_ns for p in chain.folder.rglob("*") if p.is_file()}
     assert chain.stages("reproduce-70b", "DRY_RUN=1", "TEXT=another.txt") == ["budget"]
     printed = [line for line in chain.output.splitlines() if "./python " in line and not line.startswith("make")]
-    assert [stage_of(line) for line in printed] == [*PAPER, "report"] and "NCCL_P2P_DISABLE=1" in printed[5]
+    assert [stage_of(line) for line in printed] == [*PAPER, "report"]
+    timed = [("--compile" in line, "NCCL_P2P_DISABLE=1" in line) for line in printed[4:8]]
+    assert timed == [(False, False), (True, False), (False, True), (True, True)]
     after = {p: p.stat().st_mtime_ns for p in chain.folder.rglob("*") if p.is_file() and p.name != "log"}
     assert after == before
 
@@ -200,9 +205,10 @@ def test_tasks_loads_and_timings_are_counted_in_hours():
     assert answers(job, asked | {"tasks": None}).seconds == 0
     options = {"percentages": [0, 50, 100], "repeats": 7, "batch": 1, "prompt_len": 128, "new_tokens": 16,
                "dtype": "bfloat16", "device": "cuda"}  # fmt: skip
-    timed = bench(job, options).seconds - 2 * job.load().seconds
-    read = 2 * (3 + 3) * (7 + 3) * 17 * job.weights("bfloat16") / float(gpu_row("a100")["memory_bytes_per_second"])
-    assert read < timed < 2 * read, "a decode step reads the weights once"
+    timed, steps = bench(job, options).seconds - 4 * job.load().seconds, 4 * (3 + 3) * (7 + 3) * 17
+    read = steps * job.weights("bfloat16") / float(gpu_row("a100")["memory_bytes_per_second"])
+    launched = steps / 2 * LAUNCH * sum(times for _, times in Pass(job.config, 8).operators())
+    assert read < timed - launched < 2 * read, "a decode step reads the weights once"
     assert bench(replace(job, processes=4), options) == Budget(), "latency is then left out"
     assert job.load().seconds == pytest.approx(2 * SHAPES["llama2-70b"].parameters() / 1e9)
     assert set(QUESTIONS) == set(KNOWN)
@@ -219,11 +225,11 @@ def test_the_estimate_of_an_experiment_has_each_stage():
 
 
 @pytest.mark.parametrize(
-    ("model", "tp", "gpus", "hours"),
-    [("70b", 8, 8, 8), ("7b", 8, 8, 1), ("7b", 4, 4, 2), ("7b", 8, 1, 3.7), ("7b", 4, 1, 4.1)],
+    ("model", "tp", "gpus", "copies", "hours"),
+    [("70b", 8, 8, 1, 8), ("7b", 8, 8, 8, 1), ("7b", 4, 4, 8, 1), ("7b", 8, 1, 1, 4), ("7b", 4, 1, 1, 4)],
 )
-def test_the_paper_s_models_are_reproduced_within_hours(model, tp, gpus, hours):
-    found = stages(ROOT / f"experiments/llama2-{model}.yaml", None, tp, gpus, gpus, "a100")
+def test_the_paper_s_models_are_reproduced_within_hours(model, tp, gpus, copies, hours):
+    found = stages(ROOT / f"experiments/llama2-{model}.yaml", None, tp, gpus, gpus, "a100", copies)
     assert sum(each.seconds for each in found.values()) < 3600 * hours
     assert all(each.device_bytes < 75 * 2**30 for each in found.values())
 
@@ -243,7 +249,7 @@ def test_a_sweep_is_counted_point_by_point_and_each_repair_once(monkeypatch):
     monkeypatch.setattr(Job, "load", lambda *_: Budget())
     options = {"model": "meta-llama/Llama-2-70b-hf", "percentages": [0.0, 50.0, 80.0, 100.0], "dtype": "bfloat16",
                "strategies": "zs,b2b,b2b+hg,closed-form@100", "windows": 9, "calibration": 128, "epochs": 10,
-               "joint_epochs": None, "generated": None}  # fmt: skip
+               "joint_epochs": None, "generated": None, "data_parallel": 1}  # fmt: skip
     job = Job(SHAPES["llama2-70b"], 8, 8, 8, 2048)
     found = sweep(job, options).seconds
     assert [sum("drop" in pair for pair in d["policies"]) for d in met] == [20, 20, 80]
@@ -282,8 +288,10 @@ def test_all_that_is_missing_is_said_at_once(complete, tmp_path, monkeypatch):
         tasks=("piqa", "sciq", "boolq"),
         device="cuda",
         processes=2,
+        gpus=2,
         budget=Budget(1, 1e9, 1e18, 1e18),
     )
+    monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (tmp_path / "model" / "tokenizer.json").unlink()
     (tmp_path / "model" / "tokenizer_config.json").unlink()
@@ -303,3 +311,38 @@ def test_all_that_is_missing_is_said_at_once(complete, tmp_path, monkeypatch):
     assert any("truncated" in line for line in missing(asked))
     assert missing(replace(complete, processes=4))[0].startswith("tp=2 is not a multiple of the 4 processes")
     assert "cannot be reached" in missing(replace(complete, model="meta-llama/Llama-2-7b-hf"))[0]
+
+
+def test_gpus_that_do_not_compute_or_have_no_room_are_named(complete, monkeypatch):
+    asked = replace(complete, device="cuda", gpus=1, budget=Budget(device_bytes=30 * 2**30))
+    assert "built without CUDA" in missing(asked)[0]
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda gpu: (20 * 2**30, 80 * 2**30))
+    old, ones = RuntimeError("The driver on your system is too old\n(found 12040)"), torch.ones
+    monkeypatch.setattr("torch.ones", Mock(side_effect=old))
+    (line,) = missing(asked)
+    assert re.search(r"do not compute with this torch \(2.*, CUDA 13.0\): The driver on your system is too old$", line)
+    monkeypatch.setattr("torch.ones", lambda *size, device: ones(*size))
+    assert re.search("30 GiB of memory are needed on each GPU .*the fullest has 20 free", missing(asked)[0])
+    assert missing(replace(asked, budget=Budget())) == []
+
+
+def test_processes_must_sum_before_anything_long(monkeypatch, tmp_path):
+    assert preflight._together(2) == []
+    (tmp_path / "broken.py").write_text("raise ValueError('NCCL Error 2: no way')")
+    monkeypatch.setattr(preflight, "__file__", str(tmp_path / "broken.py"))
+    assert re.search("An all-reduce of 2 processes fails .*NCCL Error 2: no way", preflight._together(2)[0])
+    monkeypatch.setattr(preflight, "disk_usage", lambda folder: Mock(free=64e6))
+    assert "NCCL needs 1 GiB of /dev/shm, and 0.06 are free" in preflight._together(2)[0]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_missing_ends_a_reproduction_unless_it_is_forced(monkeypatch, capsys, force):
+    words = ["preflight", str(ROOT / "experiments/tiny.yaml"), "--tp", "4", "--text", "nowhere.txt"]
+    monkeypatch.setattr("sys.argv", [*words, *["--force"] * force])
+    with pytest.raises(SystemExit) as ended:
+        preflight.main()
+    said = capsys.readouterr().err.splitlines()
+    assert bool(ended.value.code) != force and ("going on" in said[0]) == force and "FORCE=1" in said[0]
+    assert "There is no text nowhere.txt" in said[1]
