@@ -1,9 +1,12 @@
 """The chain of stages that `make reproduce-*` runs, with a recording stub in place of Python; checks before it."""
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,10 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spd.cli  # noqa: F401  (declares the commands)
 from spd.config import SHAPES
+from spd.data import read_windows
 from spd.distill import recipe_named
 from spd.errors import SPDError
+from spd.evaluate import perplexity
 from spd.machines import Pass, gpu_row
 from spd.options import COMMANDS, read_experiment
+from spd.plan import Plan
 from spd.pretrained import SPDModel
 from spd.records import load_records
 from spd.tasks import KNOWN
@@ -130,6 +136,58 @@ def test_nodes_after_the_first_take_part_in_what_many_processes_do(chain):
     meeting = "-m torch.distributed.run --nnodes 2 --node-rank 1 --rdzv-endpoint first:29500 --nproc-per-node "
     assert [call.startswith(f"{meeting}{n} ") for call, n in zip(calls, "1444444", strict=True)] == [True] * 7
     assert chain.stages(*nodes, "NODE_RANK=0") == PAPER
+
+
+EVERYWHERE = """common: {model: spd-tiny, tp: 2, text: builtin, seq_len: 32, windows: 3}
+sweep: {skip: 4, calibration: 4, percentages: "0,100", strategies: "zs,closed-form@100"}
+"""
+# Really runs what several processes do, and notes the rest.
+LAUNCHES = """#!/bin/sh
+case "$*" in *torch.distributed.run*\\ spd\\ *) exec "$REAL" "$@" ;; esac
+echo "$*" >> log
+"""
+
+
+def test_two_nodes_meet_and_sweep_together(chain):
+    """Two agents of one process each, the Makefile's own words: shards over both, then a copy of the model on each."""
+    (chain.folder / "experiments/both.yaml").write_text(EVERYWHERE)
+    (chain.folder / "python").write_text(LAUNCHES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = {
+        "REAL": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    }
+    words = [
+        MAKE,
+        "reproduce-both",
+        "TP=2",
+        "GPUS=1",
+        "NNODES=2",
+        f"RDZV=127.0.0.1:{port}",
+        "PYTHON=./python",
+        "ARGS=--no-mlflow",
+    ]
+    nodes = [
+        subprocess.Popen(
+            [*words, f"NODE_RANK={n}"], cwd=chain.folder, env=os.environ | here, stderr=subprocess.PIPE, text=True
+        )
+        for n in range(2)
+    ]
+    said = [node.communicate(timeout=900)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    run = chain.folder / "runs/both-tp2"
+    assert sorted(r["command"] for r in load_records([run / "records"])) == ["sensitivity", "sweep"], "one node writes"
+    assert [stage_of(line) for line in (chain.folder / "log").read_text().splitlines()] == ["plan", "bench", "report"]
+    points = json.loads((run / "sweep.json").read_text())["curve"]
+    model = SPDModel.from_pretrained("spd-tiny", tp=2)
+    windows = read_windows("builtin", model.tokenizer, 32, 3, 4).tokens
+    for point, drops in zip(points[:2], (range(0), range(8)), strict=True):
+        model.plan = Plan.dropping(8, drops)
+        assert point["perplexity"] == pytest.approx(perplexity(model.transformer, windows)["perplexity"], rel=1e-5)
+    assert points[2]["strategy"] == "closed-form" and points[2]["perplexity"] < points[1]["perplexity"]
 
 
 def test_a_dry_run_says_every_command_and_does_nothing(chain):
