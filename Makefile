@@ -47,7 +47,7 @@ audit: $(READY)  ## Known vulnerabilities of the pins, by pip-audit (put into .a
 lint: $(READY)  ## Check style and formatting
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 
-# ---- Reproductions: experiments/NAME.yaml in runs/NAME-tpN. One GPU a process (NPROC), or one process for all shards.
+# ---- Reproductions: experiments/NAME.yaml in runs/NAME-tpN. One GPU a process (NPROC), or one process for all shards; GPUS: with a copy of the model on each in a sweep.
 TP ?= 8
 NPROC ?= 1
 NNODES ?= 1
@@ -57,7 +57,6 @@ CUDA = $(filter cuda,$(or $(DEVICE),$(shell sed -n 's/^  device: *//p' $<)))
 NODES = $(if $(filter-out 1,$(NNODES)),--nnodes $(NNODES) --node-rank $(NODE_RANK) --rdzv-endpoint $(RDZV),--standalone)
 TORCHRUN = $(PYTHON) -m torch.distributed.run $(NODES) --nproc-per-node
 GO = $(if $(filter 1-1,$(NPROC)-$(NNODES)),$(PYTHON),$(TORCHRUN) $(NPROC))
-# Of a sweep each of the node's GPUS may hold a copy of the model (7B and 13B).
 COPIES = $(filter-out 1,$(if $(GPUS),$(shell echo $$(( $(GPUS) * $(NNODES) )))))
 FIRST = $(if $(filter 0,$(NODE_RANK)),,@exit 0; )
 SECTIONS = $(shell sed -n 's/^\([a-z0-9]*\):.*/\1/p' $<)
@@ -90,8 +89,7 @@ reproduce-%: experiments/%.yaml | $(READY)  ## Of experiments/NAME.yaml: sensiti
 else
 reproduce-%: experiments/%.yaml | $(READY)
 	+@$(MAKE) --no-print-directory -n DRY_RUN= $@
-	@$(PYTHON) experiments/budget.py $< --tp $(TP) --processes $$(( $(NPROC) * $(NNODES) )) --nodes $(NNODES) \
-	  $(if $(COPIES),--data-parallel $(COPIES)) $(if $(MODEL),--model "$(MODEL)")
+	@$(PYTHON) experiments/budget.py $< --tp $(TP) --processes $$(( $(NPROC) * $(NNODES) )) --nodes $(NNODES) $(if $(COPIES),--data-parallel $(COPIES)) $(if $(MODEL),--model "$(MODEL)")
 endif
 PAPER = $(@:reproduce-%=llama2-%)
 reproduce-smollm2: TP = 3
