@@ -178,7 +178,10 @@ def test_a_rank_dies_in_the_middle_of_a_collective(first, base, tmp_path):
         words = [sys.executable, *launcher, *python("sensitivity", *TEXT)[1:]]
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen(words, cwd=folder, stderr=said, env=environment())
-    while len(ranks := [p for p in psutil.Process(process.pid).children() if "tracker" not in str(p.cmdline())]) < 2:
+    while (
+        len(ranks := [p for p in psutil.Process(process.pid).children() if "resource_tracker" not in str(p.cmdline())])
+        < 2
+    ):
         time.sleep(0.1)
     while "%" not in (tmp_path / "said").read_text():  # at work
         time.sleep(0.1)
