@@ -22,8 +22,8 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 9113 and len(LIBRARY) <= 46
-    assert lines(*SCRIPTS) <= 3500
+    assert lines(*LIBRARY) <= 9500 and len(LIBRARY) <= 46
+    assert lines(*SCRIPTS) <= 3600
 
 
 def test_makefile_and_readme():
