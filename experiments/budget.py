@@ -21,7 +21,7 @@ from spd.block_inputs import ERROR_TOKENS
 from spd.cli import main
 from spd.closed_form import JOINT_FEATURES, PLACEMENT_TOKENS, SWEEPS
 from spd.config import DTYPES, HUB_IDS, SHAPES, ModelConfig
-from spd.distill import DISTILL, GROUP, Recipe, dropped_blocks, recipe_named, split, total_steps
+from spd.distill import DISTILL, GROUP, Recipe, recipe_named, repaired, split, total_steps
 from spd.errors import SPDError
 from spd.latency import Prediction
 from spd.least_squares import RIDGES
@@ -163,7 +163,7 @@ def document_of(job: Job, blocks: int) -> dict:
 
 def repair(job: Job, windows: int, document: dict, recipe: Recipe) -> Budget:
     """`distill`: the blocks repaired that a plan drops."""
-    c, held_out, dropped = job.config, windows - split(windows), dropped_blocks(document, recipe)
+    c, held_out, dropped = job.config, windows - split(windows), repaired(document, recipe)
     learnt = split(windows) + recipe.generated
     kept = 4 * job.block_parameters  # changed weights, and the block as it was
     streams = 2 * (learnt + held_out) * job.seq_len * c.hidden_size * 4

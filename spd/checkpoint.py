@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -366,15 +366,15 @@ def changed_tensors(model: Transformer, block: int, before: dict[str, Tensor]) -
 
 
 @torch.no_grad()
-def load_changed(model: Transformer, path: Path) -> None:
-    """Puts the tensors of a file written here into the model, the hosted shards' parts alone.
+def load_changed(model: Transformer, path: Path, wanted: Callable[[str], bool] = bool) -> None:
+    """Puts the tensors of a file written here into the model, those `wanted`, the hosted shards' parts alone.
 
     Raises:
         SPDError: an unreadable file, or tensors that this model and tp do not have.
     """
     shards = model.shards
     with reading(f"The repaired weights {path} cannot be read"), safe_open(regular(path, math.inf), "pt") as file:
-        names = list(file.keys())
+        names = list(filter(wanted, file.keys()))
         for name in names:
             added = re.fullmatch(r"blocks\.(\d+)\.attention\.(qkv|out)\.bias", name)  # by a repair
             if added and int(added[1]) < len(model.blocks):

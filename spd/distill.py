@@ -1,9 +1,10 @@
 """Repairing the blocks of a plan: the paper's recipe (algorithm 1, sections 4.2.2 to 4.2.4), and what goes past it.
 
-The original all-TP model's hidden states (the teacher's) are moved through the model block by block; where a block is
-to be repaired it learns to give, under the plan, what the original block gave. The paper's recipes feed it the
-teacher's hidden states; `closed-form` and `best` feed it what the blocks repaired before it give (the student's), and
-`best` trains all of them together at the end.
+The original all-TP model's hidden states (the teacher's) are moved through the model; where sublayers are to be
+repaired, from one place where everything is synchronised to the next, they learn to give, under the plan, what the
+original ones gave there. A dropped attention sync is a matter of its block, a dropped MLP sync of that MLP and the next
+block's attention. The paper's recipes feed them the teacher's hidden states; `closed-form` and `best` feed them what
+those repaired before give (the student's), and `best` trains all of them together at the end.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from spd.evaluate import Progress, perplexity, silent
 from spd.generate import sample_windows
 from spd.layout import group_heads
 from spd.model import Transformer
-from spd.plan import SPD_BLOCK, TP_BLOCK, Plan, Policy
+from spd.plan import FULL, Plan, Stretch
 from spd.planner import KEEP
 from spd.pretrained import SPDModel
 from spd.repairs import Repairs
@@ -63,21 +64,24 @@ class Recipe:
         if self.generated < 0:
             raise SPDError(f"The number of generated windows must not be negative, and is {self.generated}.")
 
-    def treatment(self, block_class: str | None) -> list[str]:
-        """What is done to a dropped block before it drops (algorithm 1); one without a class gets all there is."""
+    def treatment(self, block_class: str | None, attention: bool = True) -> list[str]:
+        """What is done to a dropped block before it drops (algorithm 1); one without a class gets all there is.
+
+        Where it is not `attention` that drops, sublayers are only ever distilled.
+        """
         if self.insensitive_as_is and block_class == "ISB":
             return []
         grouped = self.group_heads and block_class in ("ESB", None)
-        wanted = {CLOSED_FORM: self.closed_form, GROUP: grouped, DISTILL: self.block}
+        wanted = {CLOSED_FORM: attention and self.closed_form, GROUP: attention and grouped, DISTILL: self.block}
         return [step for step, taken in wanted.items() if taken]
 
     def steps(self, block_class: str | None, windows: int) -> int:
-        """Optimiser steps of a dropped block, with so many windows to train on."""
+        """Optimiser steps of a dropped block, or of other sublayers, with so many windows to train on."""
         return self.block.epochs * windows if DISTILL in self.treatment(block_class) else 0
 
-    def units(self, block_class: str | None, windows: int) -> int:
+    def units(self, block_class: str | None, windows: int, attention: bool = True) -> int:
         """Of a dropped block's repair: passes of the closed form and optimiser steps, of which `progress` is told."""
-        passes = self.closed_form.passes if CLOSED_FORM in self.treatment(block_class) else 0
+        passes = self.closed_form.passes if CLOSED_FORM in self.treatment(block_class, attention) else 0
         return passes + self.steps(block_class, windows)
 
 
@@ -123,23 +127,27 @@ def classes_of(document: dict) -> list[str | None]:
     return document.get("classes") or [None] * len(document["policies"])
 
 
-def repaired_plan(document: dict, recipe: Recipe) -> Plan:
-    """The document's plan; recipes on the student's inputs repair blocks as if what is sent were sent whole."""
-    plan = Plan.from_document(document)
-    return plan.whole() if recipe.students_inputs else plan
+def repaired(document: dict, recipe: Recipe) -> dict[Stretch, str | None]:
+    """The stretches of a plan document that are repaired one by one, with the class of a block that drops attention's.
+
+    Recipes on the student's inputs repair them as if what is sent were sent whole.
+    """
+    plan, classes = Plan.from_document(document), classes_of(document)
+    stretches = (plan.whole() if recipe.students_inputs else plan).stretches()
+    return {stretch: classes[stretch.first // 2] if stretch.drops_attention else None for stretch in stretches}
 
 
-def dropped_blocks(document: dict, recipe: Recipe) -> dict[int, str | None]:
-    """Class of each block of a plan document that is repaired, as it loses a sync, by its number."""
-    pairs = repaired_plan(document, recipe).blocks
-    return {i: found for i, found in enumerate(classes_of(document)) if pairs[i] != TP_BLOCK}
+def repaired_together(document: dict, recipe: Recipe) -> list[int]:
+    """Numbers of the blocks that are trained together at the end: all that the plan, few bits too, makes worse."""
+    stretches = Plan.from_document(document).stretches() if recipe.joint else ()
+    return sorted({block for stretch in stretches for block in stretch.blocks})
 
 
 def total_steps(document: dict, recipe: Recipe, windows: int) -> int:
     """Passes and optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
-    dropped, trained = dropped_blocks(document, recipe), split(windows) + recipe.generated
-    joint = recipe.joint.epochs * trained if recipe.joint and dropped else 0
-    return joint + sum(recipe.units(block_class, trained) for block_class in dropped.values())
+    stretches, trained = repaired(document, recipe), split(windows) + recipe.generated
+    joint = recipe.joint.epochs * trained if repaired_together(document, recipe) else 0
+    return joint + sum(recipe.units(found, trained, each.drops_attention) for each, found in stretches.items())
 
 
 def identity_of(model: SPDModel) -> dict:
@@ -188,46 +196,68 @@ def distill(
     paper's recipes, the `classes` of all blocks, as a plan file does. `is_main`: this process writes.
 
     Gives `blocks` (of each: `index`, `class`, `treatment`, `loss_before`, `loss_after` on the held-out windows, and a
-    `note`), `curves`, `perplexity_full`, `perplexity_before` (zero-shot) and `perplexity_after` on the held-out
-    windows, `seconds`, `plan`. `best` also chooses its epoch on these windows: compare recipes on other text.
+    `note`), the same of repairs that begin at MLPs as `mlps`, `curves`, `perplexity_full`, `perplexity_before`
+    (zero-shot) and `perplexity_after` on the held-out windows, `seconds`, `plan`. `best` also chooses its epoch on
+    these windows: compare recipes on other text.
     """
-    plan, repaired, transformer = Plan.from_document(document), repaired_plan(document, recipe), model.transformer
-    dropped = dropped_blocks(document, recipe)
-    _check(transformer, repaired, recipe)
+    plan, transformer, stretches = Plan.from_document(document), model.transformer, repaired(document, recipe)
+    _check(transformer, plan, stretches, recipe)
     repairs = Repairs(folder, arguments_of(identity_of(model), tokens, document, recipe), is_main, transformer.shards)
     if repairs.result is not None:
         return repairs.result
-    for i in dropped if recipe.closed_form and recipe.closed_form.centre else ():
-        transformer.blocks[i].attention.add_biases()
+    for stretch in stretches if recipe.closed_form and recipe.closed_form.centre else ():
+        if stretch.drops_attention:
+            transformer.blocks[stretch.first // 2].attention.add_biases()
     windows = _windows(model, tokens, recipe)
     found = {"perplexity_full": _held_out(transformer, Plan.full(len(plan)), windows)}
     found |= {"perplexity_before": _held_out(transformer, plan, windows)}
-    own = recipe.students_inputs  # else a block's inputs are the teacher's, which outlive the block
-    teacher = Activations.embedded(transformer, windows)
-    inputs = teacher.copy() if own else teacher
-    for i in range(len(plan) if recipe.joint else max(dropped, default=-1) + 1):
-        targets = teacher.through(i, TP_BLOCK, in_place=own)
-        if f"block {i}" in repairs.notes:
-            repairs.restore(transformer, i)
-            progress(recipe.units(dropped[i], windows.trained))
-        elif i in dropped:
-            case = Case(i, dropped[i], repaired.blocks[i], inputs, targets)
-            repairs.finish(f"block {i}", *_repair(case, recipe, progress))
-        inputs = inputs.through(i, repaired.blocks[i], in_place=True) if own else targets
-        teacher = targets
-    if recipe.joint and dropped and "joint" not in repairs.notes:
-        _train_jointly(towards_logits(teacher, list(dropped)), recipe, repairs, progress)
+    teacher = _one_by_one(stretches, Activations.embedded(transformer, windows), recipe, repairs, progress)
+    together = repaired_together(document, recipe)
+    if "joint" in repairs.notes:
+        repairs.restore(transformer, range(2 * len(plan)))
+    elif together:
+        teacher = teacher.through(2 * len(plan), in_place=recipe.students_inputs)
+        _train_jointly(towards_logits(teacher, together), recipe, repairs, progress)
     found |= {"perplexity_after": _held_out(transformer, plan, windows)} | _notes(document, repairs.notes)
     found |= {"windows": {"trained": windows.trained, "held_out": len(windows.tokens) - windows.trained}}
     same = {"plan": str(plan), "recipe": recipe.recipe}
     return repairs.conclude(document | same | {"model": model.describe(), "tp": model.tp}, found | same)
 
 
-def _check(transformer: Transformer, plan: Plan, recipe: Recipe) -> None:
+def _one_by_one(
+    stretches: dict[Stretch, str | None], teacher: Activations, recipe: Recipe, repairs: Repairs, progress: Progress
+) -> Activations:
+    """Repairs stretches in order, those that an earlier run has finished excepted; gives the furthest of the teacher.
+
+    The teacher always goes on through sublayers that are not yet trained: where stretches overlap it is ahead.
+    """
+    transformer, own = teacher.model, recipe.students_inputs
+    inputs = teacher.copy() if own else teacher
+    for stretch, block_class in stretches.items():
+        if inputs.passed < stretch.first:  # all is full in between
+            teacher = teacher.through(stretch.first, in_place=own)
+            inputs = inputs.through(stretch.first, in_place=True) if own else teacher
+        after = teacher.through(stretch.stop, in_place=own)
+        teacher = after.through(stretch.end, in_place=own)
+        case = Case(stretch, block_class, inputs, teacher)
+        if case.name in repairs.notes:
+            repairs.restore(transformer, range(stretch.first, stretch.end))
+            progress(recipe.units(block_class, teacher.windows.trained, stretch.drops_attention))
+        else:
+            repairs.finish(case.name, *_repair(case, recipe, progress))
+        inputs = inputs.through(stretch.stop, stretch.policies, in_place=True) if own else after
+    return teacher
+
+
+def _check(transformer: Transformer, plan: Plan, stretches: dict[Stretch, str | None], recipe: Recipe) -> None:
     if transformer.embedding.weight.dtype != torch.float32:
         raise SPDError("Repairs are computed in float32; load the model with that dtype.")
-    if recipe.students_inputs and any(pair not in (TP_BLOCK, SPD_BLOCK) for pair in plan.blocks):
-        raise SPDError(f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}.")
+    others = plan.stretches() and not (stretches and all(stretch.drops_attention for stretch in stretches))
+    if recipe.closed_form and not (recipe.block or recipe.joint) and others:
+        raise SPDError(
+            f"Only dropped attention syncs can be repaired in closed form, and the plan is {plan}; "
+            "the recipes 'best' and 'paper' train what the others need."
+        )
 
 
 def _windows(model: SPDModel, tokens: Tensor, recipe: Recipe) -> Windows:
@@ -246,13 +276,14 @@ def _held_out(transformer: Transformer, plan: Plan, windows: Windows) -> float |
 
 def _notes(document: dict, notes: dict[str, dict]) -> dict:
     """What a result says of each stage."""
-    joint, blocks, curves = notes.get("joint", {}), [], {}
-    for i, block_class in enumerate(classes_of(document)):
-        note = notes.get(f"block {i}") or _note(i, block_class, KEEP, None)
-        blocks.append({name: value for name, value in note.items() if name != "curve"})
-        curves |= {f"block_{i}": note["curve"]} if note.get("curve") else {}
-    curves |= {"joint": joint["curve"]} if joint else {}
-    return {"blocks": blocks, "curves": curves, "note": joint.get("note")}
+    joint = notes.get("joint", {})
+    kept = {f"block {i}": _note(i, found, KEEP, None) for i, found in enumerate(classes_of(document))}
+    rows = {name: {k: v for k, v in note.items() if k != "curve"} for name, note in (kept | notes).items()}
+    curved = {name: note["curve"] for name, note in notes.items() if note is joint or note.get("curve")}
+    mlps = [row for name, row in rows.items() if name.startswith("mlp")]
+    found = {"blocks": [rows[name] for name in kept], "note": joint.get("note")}
+    found |= {"curves": {name.replace(" ", "_"): curve for name, curve in curved.items()}}
+    return found | ({"mlps": mlps} if mlps else {})
 
 
 def _note(index: int, block_class: str | None, treatment: str, loss: float | None) -> dict:
@@ -265,24 +296,34 @@ def _note(index: int, block_class: str | None, treatment: str, loss: float | Non
 
 @dataclass(frozen=True)
 class Case:
-    """A dropped block: what enters it, and what it should give."""
+    """A stretch to repair: what enters it, and what it should give."""
 
-    index: int
+    stretch: Stretch
     block_class: str | None
-    policies: tuple[Policy, Policy]
     inputs: Activations
     targets: Activations
 
+    @property
+    def index(self) -> int:
+        """Of the block that it begins in."""
+        return self.stretch.first // 2
+
+    @property
+    def name(self) -> str:
+        return f"{('block', 'mlp')[self.stretch.first % 2]} {self.index}"
+
 
 def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[tuple[int, dict[str, Tensor]]]]:
-    """Does to the block what the recipe says, and undoes it where the block is then worse on held-out windows.
+    """Does to the sublayers what the recipe says, and undoes it where they are then worse on held-out windows.
 
-    Gives a note of it, and the block with its changed tensors.
+    Gives a note of it, and the blocks with their changed tensors.
     """
-    transformer, i, seed = case.inputs.model, case.index, recipe.seed + 1000 * (case.index + 1)
-    before, treatment = snapshot(transformer, [i]), recipe.treatment(case.block_class)
-    objective = towards_output(case.inputs, i, case.policies, case.targets)
-    note = _note(i, case.block_class, ", ".join((*treatment, "drop")), objective.held_out())
+    transformer, stretch, seed = case.inputs.model, case.stretch, recipe.seed + 1000 * (case.index + 1)
+    treatment = recipe.treatment(case.block_class, stretch.drops_attention)
+    before = snapshot(transformer, stretch.blocks)
+    objective = towards_output(case.inputs, stretch, case.targets)
+    losing = dict.fromkeys(policy.name for policy in stretch.policies if policy != FULL)
+    note = _note(case.index, case.block_class, ", ".join((*treatment, *losing)), objective.held_out())
     try:
         if CLOSED_FORM in treatment:
             note["closed_form"] = _solve(case, recipe.closed_form, before, progress)
@@ -300,7 +341,7 @@ def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[
             note["note"] = f"the repair ended at a loss of {found:.4g}, worse; kept zero-shot"
     if note["note"]:
         transformer.load_state_dict(before, strict=False)
-    return note, [(i, changed_tensors(transformer, i, before))]
+    return note, [(i, changed_tensors(transformer, i, before)) for i in stretch.blocks]
 
 
 def _solve(case: Case, options: ClosedForm, before: dict[str, Tensor], progress: Progress) -> dict:

@@ -305,6 +305,13 @@ class Transformer(nn.Module):
     def run_block(self, i: int, stream: Stream, policies: tuple[Policy, Policy], context: Context) -> Stream:
         return self.blocks[i](stream, policies, self.shards, context, i)
 
+    def produce(self, n: int, stream: Stream, context: Context) -> Stream:
+        """The stream with the output of the n-th sublayer pending: a block's attention, its MLP, the next attention."""
+        block, mlp = self.blocks[n // 2], n % 2
+        if mlp:
+            return stream.produce(block.transform(stream), block.mlp.down.bias)
+        return stream.produce(block.attend(stream, context, None), block.attention.out.bias)
+
     @property
     def vocabulary(self) -> Tensor:
         """(vocabulary, D), the output head's weights."""

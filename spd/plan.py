@@ -42,6 +42,36 @@ POLICIES = {policy.name: policy for policy in (FULL, DROP, *KEPT.values(), *PLAI
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Sublayers from where everything is synchronised to where it is next, each with the policy of the sync after it.
+
+    Sublayer 2 i is block i's attention, 2 i + 1 its MLP.
+    """
+
+    first: int
+    policies: tuple[Policy, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.policies)
+
+    @property
+    def end(self) -> int:
+        """Where all that the policies change has been read: what is sent in few bits, by one sublayer more."""
+        return self.stop + bool(self.policies[-1].bits)
+
+    @property
+    def blocks(self) -> range:
+        """Those that the sublayers up to the end are of."""
+        return range(self.first // 2, (self.end + 1) // 2)
+
+    @property
+    def drops_attention(self) -> bool:
+        """The paper's case: one block, whose MLP's sync sends what attention's did not."""
+        return self.first % 2 == 0 and len(self.policies) == 2 and self.policies[0] == DROP
+
+
+@dataclass(frozen=True)
 class Plan:
     """Policies of every block: `blocks[i]` is (attention, mlp). Prints as its letters, as in `DF DF FF`."""
 
@@ -105,6 +135,17 @@ class Plan:
         if size is None and any(policy == GROUP for pair in self.blocks for policy in pair):
             raise SPDError(f"The plan {self} has node-local sync points; how many shards a group has must be said.")
         return self if size is None else self.replaced({GROUP: replace(GROUP, group=size)})
+
+    def stretches(self) -> list[Stretch]:
+        """Those on which not all is sent whole; the last point counts as full, as what it leaves is flushed."""
+        found, since, policies = [], [], [policy for pair in self.blocks for policy in pair]
+        policies[-1:] = [FULL]
+        for n, policy in enumerate(policies):
+            since.append(policy)
+            if policy.letter not in "DG":
+                found += [Stretch(n + 1 - len(since), tuple(since))] if since != [FULL] else []
+                since = []
+        return found
 
     @property
     def group(self) -> int | None:

@@ -22,6 +22,7 @@ from spd.checkpoint import load_changed
 from spd.comm import Shards
 from spd.errors import SPDError, reading
 from spd.model import Transformer
+from spd.plan import POINTS
 from spd.records import T, inside, parsed, write_json, write_whole
 
 PROGRESS, PLAN = "progress.json", "plan.json"  # the latter, with the result in it, is there when all else is
@@ -72,10 +73,11 @@ class Repairs:
         """What was noted of each stage that is done, by its name."""
         return self.state["stages"]
 
-    def restore(self, model: Transformer, block: int) -> None:
-        """Loads the newest finished weights of a block, if any changed."""
-        if str(block) in self.state["files"]:
-            load_changed(model, inside(self.folder, self.state["files"][str(block)]))
+    def restore(self, model: Transformer, sublayers: Iterable[int]) -> None:
+        """Loads the newest finished weights of some sublayers (2 i: block i's attention, 2 i + 1: its MLP)."""
+        parts = tuple(f"blocks.{n // 2}.{POINTS[n % 2]}" for n in sublayers)
+        for file in self.state["files"].values():
+            load_changed(model, inside(self.folder, file), lambda name: name.startswith(parts))
 
     def finish(self, stage: str, note: dict, changed: Iterable[tuple[int, dict[str, Tensor]]]) -> None:
         """Writes a stage's changed tensors, block by block, and then in one step that it is done."""

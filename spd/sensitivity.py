@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spd.comm import Stream
 from spd.errors import SPDError
 from spd.evaluate import Progress, batches, negative_log_likelihood, not_finite, silent, summary
-from spd.model import Context, Transformer
+from spd.model import Transformer
 from spd.plan import FULL, POINTS, SPD_BLOCK, TP_BLOCK, Plan, Policy
 
 
@@ -97,7 +96,7 @@ def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy], prog
         stream.x.requires_grad_(True)
         context = model.context(stream)
         for n in range(2 * len(model.blocks)):
-            produced.append(_produce(model, n, stream, context))
+            produced.append(model.produce(n, stream, context))
             stream = shards.sync(produced[-1], FULL, POINTS[n % 2])
             synced.append(stream.x)
         loss = F.cross_entropy(
@@ -110,16 +109,8 @@ def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy], prog
             gradient = shards.all_reduce(gradients[n + 1].clone(), "gradients") / shards.world
             for row, policy in zip(squares, policies, strict=True):
                 changed = shards.sync(before, policy, POINTS[n % 2])
-                delta = shards.flush(_produce(model, n + 1, changed, context)).x - synced[n + 1]
+                delta = shards.flush(model.produce(n + 1, changed, context)).x - synced[n + 1]
                 row[n] = (gradient * delta).sum(-1, dtype=torch.double).square().sum()
             progress(len(batch))
     progress(len(batch))  # the last point
     return squares
-
-
-def _produce(model: Transformer, n: int, stream: Stream, context: Context) -> Stream:
-    """The stream with the output of the n-th sublayer pending: a block's attention, its MLP, the next attention."""
-    block, mlp = model.blocks[n // 2], n % 2
-    if mlp:
-        return stream.produce(block.transform(stream), block.mlp.down.bias)
-    return stream.produce(block.attend(stream, context, None), block.attention.out.bias)

@@ -1,9 +1,10 @@
 """Gradient steps: one block towards another's output (section 4.2.3), or all dropped blocks towards the logits."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from spd.comm import Stream
 from spd.errors import SPDError, one_of
 from spd.evaluate import TOKENS_AT_ONCE, Progress, silent
 from spd.model import Context, Transformer
-from spd.plan import Policy
+from spd.plan import FULL, POINTS, Policy, Stretch
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 CLIP_NORM = 1.0  # of all gradients together, where the schedule is ours and not the paper's
@@ -40,7 +41,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Activations:
-    """Residual streams (W, T, D) of all windows between two blocks, with nothing pending, in the model's dtype.
+    """Residual streams (W, T, D) of all windows after so many sublayers, nothing pending, in the model's dtype.
 
     They lie on its device if two of them and what the heads gather leave a GPU half of its free memory. Else they stay
     on the host, in memory that it does not page, and a few windows at a time are moved.
@@ -49,11 +50,12 @@ class Activations:
     model: Transformer
     windows: Windows
     values: Tensor
+    passed: int = 0
 
     @classmethod
     @torch.no_grad()
     def embedded(cls, model: Transformer, windows: Windows) -> "Activations":
-        """What enters the first block."""
+        """What enters the first sublayer."""
         weight, shards = model.embedding.weight, model.shards
         shape = *windows.tokens.shape, weight.shape[1]
         kept = (2 + shards.k / shards.tp) * math.prod(shape) * weight.element_size()
@@ -82,18 +84,23 @@ class Activations:
         stream = Stream(self.on_device(rows))
         return stream, self.model.context(stream)
 
-    def run(self, rows: slice, block: int, policies: tuple[Policy, Policy]) -> Stream:
-        """Some windows through a block."""
+    def run(self, rows: slice, stop: int, policies: tuple[Policy, ...] = ()) -> Tensor:
+        """Some windows through the sublayers up to `stop`, `full` after those with a policy, and flushed: (B, T, D)."""
         stream, context = self.at(rows)
-        return self.model.run_block(block, stream, policies, context)
+        shards, sublayers = self.model.shards, range(self.passed, stop)
+        for n, policy in zip_longest(sublayers, policies, fillvalue=FULL):
+            stream = shards.sync(self.model.produce(n, stream, context), policy, POINTS[n % 2])
+        return shards.flush(stream).x
 
     @torch.no_grad()
-    def through(self, block: int, policies: tuple[Policy, Policy], in_place: bool = False) -> "Activations":
-        """What leaves the block under `policies`, of which the MLP's must be `full`; `in_place` saves memory."""
+    def through(self, stop: int, policies: tuple[Policy, ...] = (), in_place: bool = False) -> "Activations":
+        """What leaves the sublayers up to `stop`; `in_place` saves memory."""
+        if self.passed == stop:
+            return self
         out = self if in_place else self.empty()
         for rows in self.windows.batches():
-            out.values[rows] = self.run(rows, block, policies).x
-        return out
+            out.values[rows] = self.run(rows, stop, policies)
+        return replace(out, passed=stop)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class Again:
         return map(self.read, self.keys)
 
 
-def snapshot(model: Transformer, blocks: list[int]) -> dict[str, Tensor]:
+def snapshot(model: Transformer, blocks: Iterable[int]) -> dict[str, Tensor]:
     """Copies of all parameters of some blocks (the hosted parts), by name: `load_state_dict` takes them back."""
     return {name: p.detach().clone() for i in blocks for name, p in block_parameters(model, i).items()}
 
@@ -135,14 +142,14 @@ class Objective:
         return {kind: [p for name, p in named if (name in self.model.sharded) is kind] for kind in (True, False)}
 
 
-def towards_output(inputs: Activations, block: int, policies: tuple[Policy, Policy], targets: Activations) -> Objective:
-    """One block is to map `inputs` to `targets` (mean squared error)."""
+def towards_output(inputs: Activations, stretch: Stretch, targets: Activations) -> Objective:
+    """The sublayers of a stretch are to map `inputs` to `targets` (mean squared error); others are not reached."""
 
     def loss(rows: slice) -> Tensor:
-        found = inputs.model.shards.flush(inputs.run(rows, block, policies)).x
+        found = inputs.run(rows, stretch.end, stretch.policies)
         return F.mse_loss(found.float(), targets.on_device(rows).float())
 
-    return Objective(inputs.model, inputs.windows, [block], loss)
+    return Objective(inputs.model, inputs.windows, [*stretch.blocks], loss)
 
 
 def towards_logits(teacher: Activations, blocks: list[int]) -> Objective:
@@ -261,10 +268,11 @@ def _step(objective: Objective, rows: slice, optimizer: torch.optim.Optimizer, c
         if not math.isfinite(found):
             raise Diverged
         if clip:
-            ours, shared = (sum(p.grad.double().square().sum() for p in part) for part in (sharded, replicated))
+            reached = [[p.grad for p in part if p.grad is not None] for part in (sharded, replicated)]
+            ours, shared = (sum(grad.double().square().sum() for grad in part) for part in reached)
             norm = math.sqrt(shards.all_reduce(ours, "norm") + shared)
-            for parameter in (*sharded, *replicated):
-                parameter.grad *= 1 / max(1.0, norm / CLIP_NORM)
+            for grad in chain(*reached):
+                grad *= 1 / max(1.0, norm / CLIP_NORM)
         optimizer.step()
     finally:  # kept gradients would add up to the model's size, block after block
         for parameter in (*sharded, *replicated):

@@ -112,10 +112,12 @@ def test_best_trains_block_by_block_and_together(folder, tmp_path):
     assert perplexity_with(folder, tmp_path, TOKENS[10:]) == result["perplexity_after"]
 
 
-def test_steps_announced_are_steps_taken(folder, tmp_path):
+@pytest.mark.parametrize("letters", [LETTERS, "FD FF DF", "44 44 4F"])
+@pytest.mark.parametrize("recipe", [QUICK, recipe_named("b2b", epochs=1)], ids=["best", "b2b"])
+def test_steps_announced_are_steps_taken(folder, tmp_path, recipe, letters):
     taken = []
-    repair(folder, tmp_path, progress=lambda steps, **_: taken.append(steps))
-    assert sum(taken) == total_steps(document(), QUICK, len(TOKENS))
+    repair(folder, tmp_path, recipe, letters, progress=lambda steps, **_: taken.append(steps))
+    assert sum(taken) == total_steps(document(letters), recipe, len(TOKENS))
 
 
 def test_divergence_leaves_the_block_zero_shot_and_says_so(folder, tmp_path):
@@ -193,13 +195,96 @@ def test_a_sweep_evaluates_in_another_type_than_it_repairs_in(folder, tmp_path):
     assert point["plan"] == "DF DF DF"
 
 
+# ---------------------------------------------------------------- every policy, at both points
+
+
+TRAINED = replace(RECIPES["b2b+hg"], block=Schedule(2, 0.003, relative=True, decay=True, keep_best=True))
+
+
+def states(folder: Path) -> list[torch.Tensor]:
+    """The stream of the model as it was, nothing dropped, after each number of sublayers."""
+    model = SPDModel.from_pretrained(folder, tp=1).transformer
+    stream = model.embed(TOKENS)
+    context, found = model.context(stream), [stream.x]
+    for n in range(6):
+        stream = model.shards.flush(model.produce(n, stream, context))
+        found.append(stream.x)
+    return found
+
+
+@pytest.mark.parametrize("letters", ["DF FD FF", "FD FD DF", "33 3D wF", "DD DG FF"])
+@pytest.mark.parametrize("recipe", [QUICK, TRAINED], ids=["best", "paper"])
+@torch.no_grad()
+def test_sublayers_learn_what_the_original_gave_where_all_is_next_synchronised(
+    folder, tmp_path, monkeypatch, recipe, letters
+):
+    """Also the original's stream goes on through sublayers that another repair has not touched yet."""
+    seen, made, expected = [], training.towards_output, states(folder)
+
+    def recorded(inputs, stretch, targets):
+        torch.testing.assert_close(targets.values[:10], expected[stretch.end][:10], atol=1e-4, rtol=1e-4)
+        if not recipe.students_inputs:
+            torch.testing.assert_close(inputs.values[:10], expected[stretch.first][:10], atol=1e-4, rtol=1e-4)
+        seen.append(stretch)
+        return made(inputs, stretch, targets)
+
+    monkeypatch.setattr("spd.distill.towards_output", recorded)
+    plan = {"policies": Plan.from_letters(letters, 2).policies(), "group": 2}
+    result = distill(SPDModel.from_pretrained(folder, 4), TOKENS, plan, recipe, tmp_path)
+    whole = Plan.from_letters(letters, 2)
+    assert seen == (whole.whole() if recipe is QUICK else whole).stretches()
+    notes = {("block", "mlp")[s.first % 2] + f" {s.first // 2}" for s in seen}
+    rows = [("block", row) for row in result["blocks"] if row["loss_before"]]
+    rows += [("mlp", row) for row in result.get("mlps", [])]
+    assert {f"{kind} {row['index']}" for kind, row in rows} == notes
+    assert all(row["loss_after"] <= row["loss_before"] for _, row in rows)
+    assert rows[0][1]["loss_after"] < rows[0][1]["loss_before"]  # what follows has something to be apart from
+
+
+def test_the_loss_of_a_dropped_mlp_is_that_after_the_next_attention(folder, tmp_path):
+    """And only that MLP and that attention are trained."""
+    result = repair(folder, tmp_path, recipe_named("b2b", epochs=1, learning_rate=1e-3), "FD FF FF")
+    model = SPDModel.from_pretrained(folder, tp=4)
+    model.plan = Plan.from_letters("FD FF FF")
+    with torch.no_grad():
+        blocks, shards = model.transformer.blocks, model.transformer.shards
+        stream = model.transformer.embed(TOKENS[10:])
+        context = model.transformer.context(stream)
+        stream = model.transformer.run_block(0, stream, model.plan.blocks[0], context)
+        assert stream.pending is not None
+        y = blocks[1].attend(stream, context, None)
+        found = stream.x + stream.pending.sum(0) + y.sum(0)
+        wanted = states(folder)[3][10:]
+    (row,) = result["mlps"]
+    assert row["loss_before"] == pytest.approx((found - wanted).square().mean().item(), rel=1e-3)
+    assert row["loss_after"] < row["loss_before"] and row["treatment"] == "distill, drop"
+    parts = {".".join(name.split(".")[1:3]) for name in changed_in(tmp_path)}
+    assert parts == {"0.mlp", "0.mlp_norm", "1.attention", "1.attention_norm"}
+    assert perplexity_with(folder, tmp_path, TOKENS[10:]) == result["perplexity_after"]
+    assert [block["treatment"] for block in result["blocks"]] == ["keep"] * 3 and shards.tp == 4
+
+
+def test_what_has_no_closed_form_is_refused(folder, tmp_path):
+    for letters in ("FD FF FF", "44 44 4F", "DD FF FF", "DF GF FF"):
+        plan = {"policies": Plan.from_letters(letters, 2).policies(), "group": 2}
+        with pytest.raises(SPDError, match="^Only dropped attention syncs .*'best' and 'paper' train"):
+            distill(SPDModel.from_pretrained(folder, 4), TOKENS, plan, RECIPES["closed-form"], tmp_path)
+
+
 # ---------------------------------------------------------------- going on after an interruption
 
 
-@pytest.mark.parametrize("stage", ["block 0", "block 2", "joint"])
-def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, monkeypatch, stage):
+PARTS = [*((QUICK, LETTERS, ["block 0", "block 2", "joint"], n) for n in range(3)),
+         (QUICK, "FD FD FF", ["mlp 0", "mlp 1", "joint"], 0),
+         *((recipe_named("b2b", epochs=1), "33 FF FF", ["block 0", "mlp 0"], n) for n in range(2))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "letters", "stages", "stopped"), PARTS)
+def test_interrupted_anywhere_it_ends_with_the_same_weights(
+    folder, tmp_path, monkeypatch, recipe, letters, stages, stopped
+):
     """Stopped right after a stage was written, and in the middle of the next: both end bitwise alike."""
-    whole = repair(folder, tmp_path / "whole")
+    whole, stage = repair(folder, tmp_path / "whole", recipe, letters), stages[stopped]
     finish = Repairs.finish
 
     def stop_after(self, name, *arguments):
@@ -209,14 +294,13 @@ def test_interrupted_anywhere_it_ends_with_the_same_weights(folder, tmp_path, mo
 
     monkeypatch.setattr(Repairs, "finish", stop_after)
     with pytest.raises(KeyboardInterrupt):
-        repair(folder, tmp_path / "parts")
+        repair(folder, tmp_path / "parts", recipe, letters)
     monkeypatch.undo()
     assert not (tmp_path / "parts" / "plan.json").exists()
     redone = []
     monkeypatch.setattr(Repairs, "finish", lambda self, name, *rest: (redone.append(name), finish(self, name, *rest)))
-    resumed = repair(folder, tmp_path / "parts")
-    stages = ["block 0", "block 2", "joint"]
-    assert redone == stages[stages.index(stage) + 1 :]
+    resumed = repair(folder, tmp_path / "parts", recipe, letters)
+    assert redone == stages[stopped + 1 :]
     assert_same(tmp_path / "whole", tmp_path / "parts", whole, resumed)
 
 
@@ -275,7 +359,7 @@ def distill_here(runtime: Runtime, folder: str, out: str) -> dict:
     model = SPDModel.from_pretrained(folder, shards=runtime.shards(2))  # a shard's two units are scattered
     block = Schedule(2, 0.01, relative=True, decay=True, keep_best=True)  # with clipping, whose norm spans processes
     options = replace(RECIPES["b2b+hg"], block=block)
-    result = distill(model, TOKENS, document(), options, Path(out), runtime.is_main)
+    result = distill(model, TOKENS, document("DF 3D DF"), options, Path(out), runtime.is_main)
     gathered = model.transformer.shards.gather(model.transformer.blocks[2].mlp.down.weight)
     return {"perplexity": result["perplexity_after"], "weights": gathered.flatten().tolist()}
 
@@ -307,8 +391,6 @@ def test_mistakes_are_said_in_words(folder, tmp_path):
             recipe_named(**options)
     with pytest.raises(SPDError, match="1 calibration window"):
         distill(SPDModel.from_pretrained(folder, 4), TOKENS[:1], document(), QUICK, tmp_path)
-    with pytest.raises(SPDError, match="^Only dropped attention syncs can be repaired"):
-        repair(folder, tmp_path, letters=LETTERS.replace("DF", "FD"))
     with pytest.raises(SPDError, match="float32"):
         distill(SPDModel.from_pretrained(folder, 4, dtype="bfloat16"), TOKENS, document(), QUICK, tmp_path)
 

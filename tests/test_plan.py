@@ -139,3 +139,20 @@ def test_sensitivity_files_belong_to_model_and_degree(tmp_path):
         path.write_text(wrong)
         with pytest.raises(SPDError, match=f"was not written by the sensitivity command.*{message}"):
             read_sensitivity(path)
+
+
+def test_stretches_lie_between_places_where_everything_is_synchronised():
+    """By hand: first sublayer, policies, and how far what they change reaches."""
+
+    def of(letters: str) -> list[tuple]:
+        stretches = Plan.from_letters(letters, 2).stretches()
+        return [
+            (s.first, "".join(p.letter for p in s.policies), s.end, [*s.blocks], s.drops_attention) for s in stretches
+        ]
+
+    assert of("FF FF FF") == []
+    assert of("DF FF DF") == [(0, "DF", 2, [0], True), (4, "DF", 6, [2], True)]
+    assert of("FD FF FF") == [(1, "DF", 3, [0, 1], False)]
+    assert of("FD FD DD") == [(1, "DF", 3, [0, 1], False), (3, "DDF", 6, [1, 2], False)]
+    assert of("44 4F FD") == [(0, "4", 2, [0], False), (1, "4", 3, [0, 1], False), (2, "4", 4, [1], False)]
+    assert of("D4 GG tF") == [(0, "D4", 3, [0, 1], True), (2, "GGt", 6, [1, 2], False)]
