@@ -43,6 +43,13 @@ END
       --records "$at/$part" $([ "$part" = fitted ] || echo --percentages 0,50,100) "$@"
   done
   spd profile "$at/fitted" --check "$at/checked" --out "$at/machine.json" --records "$at/records" ;;
+policies) # What policies lose for their bytes on TEXT (ranked on TEXTS), and take between two processes over LINKS
+  on="--model ${MODEL:-spd-tiny} --tp ${TP:-8} --windows 8 $*"
+  spd sensitivity --fast $on --text "${TEXTS:-builtin-train}" --out "$at/sensitivity.json" --records "$at/records"
+  script policies "$at/sensitivity.json" $on --text "${TEXT:-builtin}" --percentages 50,70,90
+  for link in ${LINKS:-1GBps,20us 1GBps,2ms 100MBps,20us}; do
+    script bench_policies --shape "${SHAPE:-llama-33m}" --link "$link" --new-tokens 4
+  done ;;
 bench-gpu) # On a GPU: 7B with random weights, and rank 0's share of 70B, compiled and as CUDA graphs
   "$PYTHON" -c "import sys, torch; torch.cuda.is_available() or sys.exit('bench-gpu times on a GPU, and torch sees none.')"
   on_gpu="--device cuda --dtype bfloat16 --compile --new-tokens 64 --records $at"

@@ -22,6 +22,7 @@ DRAWN_BY = {  # the scripts that draw a folder of records, by the folder below i
     "calibration": {".": "draw_calibration"},
     "links": {".": "draw_links"},
     "peers": {".": "draw_peers"},
+    "policies": {".": "draw_policies"},
     "predicted": {".": "draw_predicted"},
     "sensitivities": REPORT | {"method": "draw_method"},
     "spd-tiny": REPORT | {"method": "draw_method", "method-table1": "draw_ablation"},
