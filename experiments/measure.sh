@@ -47,8 +47,10 @@ policies) # What policies lose for their bytes on TEXT (ranked on TEXTS), and ta
   on="--model ${MODEL:-spd-tiny} --tp ${TP:-8} --windows 8 $*"
   spd sensitivity --fast $on --text "${TEXTS:-builtin-train}" --out "$at/sensitivity.json" --records "$at/records"
   script policies "$at/sensitivity.json" $on --text "${TEXT:-builtin}" --percentages 50,70,90
+  drop="--drop ${DROP:-0-5}" on="--model ${MODEL:-spd-tiny} --tp 2 --records $at/records"
+  spd distill $on $drop --text builtin --seq-len 32 --windows 2 --recipe zs --out "$at/dropped"
   for link in ${LINKS:-1GBps,20us 1GBps,2ms 100MBps,20us}; do
-    script bench_policies --shape "${SHAPE:-llama-33m}" --link "$link" --new-tokens 4
+    spd bench $on --plan "$at/dropped" --drop none $drop --bits 4 --new-tokens 4 --repeats 8 --link "$link"
   done ;;
 bench-gpu) # On a GPU: 7B with random weights, and rank 0's share of 70B, compiled and as CUDA graphs
   "$PYTHON" -c "import sys, torch; torch.cuda.is_available() or sys.exit('bench-gpu times on a GPU, and torch sees none.')"

@@ -13,8 +13,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from spd.report import canvas, finish, plain
 from spd.tables import Record, Table, column, machine, newest, subject, timing_words, value
 
-TIMED = ["full", "70 % dropped", "4 bits, kept", "70 % dropped, others 4 bits, kept"]  # as `bench` was asked
-
 
 def tables(records: Sequence[Record]) -> list[Table]:
     """Of the newest `policies` record, and of the newest `bench` record of each link."""
@@ -24,33 +22,35 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 def _losses(record: Record) -> Table:
     shown = {"bytes %": [100 * share for share in column(record, "policies", "bytes_share")]}
-    shown |= {key: column(record, "policies", key) for key in ("lost", "perplexity")}
-    frame = pd.DataFrame({"every sync point": [row["name"] for row in value(record, "result", "policies")]} | shown)
+    shown |= {"loss (nats)": column(record, "policies", "lost"), "perplexity": column(record, "policies", "perplexity")}
+    frame = pd.DataFrame({"policy": [row["name"] for row in value(record, "result", "policies")]} | shown)
     data = record["data"]
     caption = (
-        "Loss over all full (nats a token, nothing repaired) and bytes of 16-bit values' that policies send; the last"
-        " point is full but where said. Both rounding errors are lost or kept pending; other roundings stand in for"
-        f" blocks of 32 values, to the nearest. {subject(record)}; {data['windows']} windows of {data['seq_len']}"
-        f" tokens of {Path(data['text']).name}; {machine(record)}."
+        "Loss over all full (nats a token, nothing repaired) and bytes, of those of 16-bit values at every point. The"
+        " last MLP's point is full but where said. Bits: both rounding errors are lost or kept pending; other roundings"
+        f" than to the nearest in blocks of 32 values stand in. {subject(record)}; {data['windows']} windows of"
+        f" {data['seq_len']} tokens of {Path(data['text']).name}; {machine(record)}."
     )
-    return Table("losses", caption, frame.rename(columns={"lost": "loss (nats)"}), [record], ".4g")
+    return Table("losses", caption, frame, [record], ".4g")
 
 
 def _times(records: Sequence[Record]) -> Table:
-    frames = []
+    rows = []
     for record in records:
-        times = {
-            f"{kind} {of}": column(record, "plans", f"{kind.lower()}_ms", of)
-            for kind in ("TTFT", "TPOT")
-            for of in ("median", "spread", "min")
-        }
-        sent = column(record, "plans", "floor", "ttft_communication_ms")
-        frames.append(pd.DataFrame({"link": record["result"]["link"], "plan": TIMED, **times, "link's TTFT": sent}))
+        for timed in (value(record, "result", "bounds", "all_full"), *value(record, "result", "plans")):
+            drops = f"{len(timed['plan'].split('D')) - 1} dropped" if "D" in timed["plan"] else ""
+            name = ", ".join(filter(None, (drops, "4 bits, kept" if "4" in timed["plan"] else ""))) or "full"
+            times = {
+                f"{k[:4].upper()} {of}": timed[k][of] for k in ("ttft_ms", "tpot_ms") for of in ("median", "spread")
+            }
+            by_link = {"link's TTFT": timed["floor"]["ttft_communication_ms"]}
+            rows.append({"link": record["result"]["link"], "plan": name, **times, **by_link})
     caption = (
-        "Times (ms) of plans, interleaved, over emulated links; what the link takes by formula is without rounding and"
-        f" packing. {subject(records[0])}; {timing_words(records[-1])}; {machine(records[-1])}."
+        "Times (ms; medians and interquartile ranges) of plans interleaved in one run a link; what the link and idle"
+        " collectives take by formula leaves out rounding and packing, which these processors do in many passes."
+        f" {timing_words(records[-1])}; {machine(records[-1])}."
     )
-    return Table("times", caption, pd.concat(frames, ignore_index=True), list(records), ".1f")
+    return Table("times", caption, pd.DataFrame(rows), list(records), ".1f")
 
 
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
@@ -62,9 +62,9 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
 def _against_bytes(table: Table) -> Figure:
     figure = canvas(8.4, 6.4)
     ax, frame = figure.subplots(), table.frame
-    kind = frame["every sync point"].str.extract("(lost|dropped, 4 bits|dropped|kept)")[0].fillna("full")
+    kind = frame["policy"].str.extract("(lost|dropped, 4 bits|dropped|kept)")[0].fillna("full")
     sns.scatterplot(frame, x="bytes %", y="loss (nats)", hue=kind, style=kind, palette="colorblind", s=60, ax=ax)
-    for _, (name, sent, lost, _) in frame.iterrows():
+    for name, sent, lost in zip(frame["policy"], frame["bytes %"], frame["loss (nats)"], strict=True):
         ax.annotate(name, (sent, lost), (5, 3), textcoords="offset points", fontsize=6)
     ax.set(xscale="log", xlabel="bytes sent (% of 16-bit values at every point)")
     ax.set_yscale("symlog", linthresh=0.01)
