@@ -1,12 +1,10 @@
 """What policies lose for their bytes, and what they take on two processes over emulated links."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
-from draw import run
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -86,7 +84,3 @@ def _bars(table: Table) -> Figure:
         ax.get_legend().remove()
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

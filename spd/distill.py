@@ -130,23 +130,17 @@ def classes_of(document: dict) -> list[str | None]:
 def repaired(document: dict, recipe: Recipe) -> dict[Stretch, str | None]:
     """The stretches of a plan document that are repaired one by one, with the class of a block that drops attention's.
 
-    Recipes on the student's inputs repair them as if what is sent were sent whole.
+    Recipes on the student's inputs take what is sent in few bits as sent whole.
     """
     plan, classes = Plan.from_document(document), classes_of(document)
     stretches = (plan.whole() if recipe.students_inputs else plan).stretches()
     return {stretch: classes[stretch.first // 2] if stretch.drops_attention else None for stretch in stretches}
 
 
-def repaired_together(document: dict, recipe: Recipe) -> list[int]:
-    """Numbers of the blocks that are trained together at the end: all that the plan, few bits too, makes worse."""
-    stretches = Plan.from_document(document).stretches() if recipe.joint else ()
-    return sorted({block for stretch in stretches for block in stretch.blocks})
-
-
 def total_steps(document: dict, recipe: Recipe, windows: int) -> int:
     """Passes and optimiser steps in all, of which `distill` tells `progress`, with `windows` of calibration."""
     stretches, trained = repaired(document, recipe), split(windows) + recipe.generated
-    joint = recipe.joint.epochs * trained if repaired_together(document, recipe) else 0
+    joint = recipe.joint.epochs * trained if recipe.joint and Plan.from_document(document).stretches() else 0
     return joint + sum(recipe.units(found, trained, each.drops_attention) for each, found in stretches.items())
 
 
@@ -212,10 +206,10 @@ def distill(
     found = {"perplexity_full": _held_out(transformer, Plan.full(len(plan)), windows)}
     found |= {"perplexity_before": _held_out(transformer, plan, windows)}
     teacher = _one_by_one(stretches, Activations.embedded(transformer, windows), recipe, repairs, progress)
-    together = repaired_together(document, recipe)
+    together = sorted({i for stretch in plan.stretches() for i in stretch.blocks})  # few bits are met here, whole above
     if "joint" in repairs.notes:
         repairs.restore(transformer, range(2 * len(plan)))
-    elif together:
+    elif recipe.joint and together:
         teacher = teacher.through(2 * len(plan), in_place=recipe.students_inputs)
         _train_jointly(towards_logits(teacher, together), recipe, repairs, progress)
     found |= {"perplexity_after": _held_out(transformer, plan, windows)} | _notes(document, repairs.notes)
@@ -239,12 +233,12 @@ def _one_by_one(
             inputs = inputs.through(stretch.first, in_place=True) if own else teacher
         after = teacher.through(stretch.stop, in_place=own)
         teacher = after.through(stretch.end, in_place=own)
-        case = Case(stretch, block_class, inputs, teacher)
-        if case.name in repairs.notes:
+        name = f"{('block', 'mlp')[stretch.first % 2]} {stretch.first // 2}"
+        if name in repairs.notes:
             repairs.restore(transformer, range(stretch.first, stretch.end))
             progress(recipe.units(block_class, teacher.windows.trained, stretch.drops_attention))
         else:
-            repairs.finish(case.name, *_repair(case, recipe, progress))
+            repairs.finish(name, *_repair(Case(stretch, block_class, inputs, teacher), recipe, progress))
         inputs = inputs.through(stretch.stop, stretch.policies, in_place=True) if own else after
     return teacher
 
@@ -307,10 +301,6 @@ class Case:
     def index(self) -> int:
         """Of the block that it begins in."""
         return self.stretch.first // 2
-
-    @property
-    def name(self) -> str:
-        return f"{('block', 'mlp')[self.stretch.first % 2]} {self.index}"
 
 
 def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[tuple[int, dict[str, Tensor]]]]:
