@@ -22,7 +22,7 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 9500 and len(LIBRARY) <= 46
+    assert lines(*LIBRARY) <= 9700 and len(LIBRARY) <= 46
     assert lines(*SCRIPTS) <= 3600
 
 
