@@ -5,7 +5,7 @@
 
 Plans, points, steps and passes are those that the commands go through. Rates are the data sheets' peaks times
 `UTILISATION`; communication and the start of processes are not counted. Memory is that of a GPU (weights, gradients
-and optimiser, statistics, activations) and of a node (streams of hidden states, which every process keeps for itself).
+and optimiser, statistics, activations) and of a node (streams of hidden states that processes keep off their GPUs).
 Blocks that the paper does not call in-sensitive are reckoned as the worst class: all of a model it does not speak of.
 """
 
@@ -33,10 +33,11 @@ from spd.pretrained import resolve
 from spd.sensitivity import block_evaluations
 from spd.session import LONGEST_DEFAULT
 from spd.sweep import Sweep, parse_strategies, points_of, sweep_recipes
+from spd.training import ON_GPU
 
 UTILISATION = 0.5  # of the peak
 PAPER = Path(__file__).parents[1] / "paper_figures" / "paper.json"
-READING = 1e9  # bytes of a checkpoint a second, on a node
+READING, HOST_LINK = 1e9, 32e9  # bytes a second: of a checkpoint, on a node; peak between a host and its GPU (PCIe 4)
 LAUNCH = 4e-5  # seconds of the host an operator where no graph is replayed: half a millisecond a block
 BACKWARD = 3  # forward and backward, in forward passes
 ADAM = 3  # gradient and two moments, in copies of the weights
@@ -44,17 +45,10 @@ TEXT_WINDOWS = 200  # where all of a text is asked for: more than WikiText2's te
 DESIGNS, BOUNDS, WARMUP = 6, 3, 3  # perplexities of table 1; of bench, plans always timed and repetitions not counted
 # Questions of a task, and tokens of one with its choices (four characters each, mean of the rows).
 QUESTIONS = {
-    "arc_easy": (2376, 55),
-    "arc_challenge": (1172, 66),
-    "hellaswag": (10042, 195),
-    "lambada_openai": (5153, 81),
-    "piqa": (1838, 63),
-    "sciq": (1000, 137),
-    "winogrande": (1267, 50),
-    "mmlu": (14042, 619),
-    "tiny_last_word": (300, 60),
-    "tiny_continuation": (300, 100),
-}
+    "arc_easy": (2376, 55), "arc_challenge": (1172, 66), "hellaswag": (10042, 195), "lambada_openai": (5153, 81),
+    "piqa": (1838, 63), "sciq": (1000, 137), "winogrande": (1267, 50), "mmlu": (14042, 619),
+    "tiny_last_word": (300, 60), "tiny_continuation": (300, 100),
+}  # fmt: skip
 SUBJECTS = {"mmlu": 57}  # to each of which a limit applies
 
 
@@ -89,6 +83,7 @@ class Job:
     gpu: str = "a100"
     matmul: str = "tf32"  # products of repairs
     copies: int = 1  # of the model, that divide the work
+    bring: float = 0.0  # seconds to bring both streams of a window to its block, where they are not on the GPU
 
     @property
     def shared_by(self) -> int:
@@ -166,13 +161,19 @@ def repair(job: Job, windows: int, document: dict, recipe: Recipe) -> Budget:
     c, held_out, dropped = job.config, windows - split(windows), repaired(document, recipe)
     learnt = split(windows) + recipe.generated
     kept = 4 * job.block_parameters  # changed weights, and the block as it was
-    streams = 2 * (learnt + held_out) * job.seq_len * c.hidden_size * 4
-    moving = Budget(job.seconds(2 * (learnt + held_out) * c.num_blocks * job.block_flops))
-    found = job.passes(3 * held_out * job.flops).then(moving)
+    window = job.seq_len * c.hidden_size * 4
+    streams, remembered = 2 * (learnt + held_out) * window, (learnt + held_out) * window / job.processes
+    on_gpu = streams + remembered <= ON_GPU * (gpu_memory(job.gpu) - job.weights())
+    job = job if on_gpu else replace(job, bring=2 * window / (UTILISATION * HOST_LINK))
+    moving = 2 * (learnt + held_out) * c.num_blocks
+    found = job.passes(3 * held_out * job.flops).then(
+        Budget(job.seconds(moving * job.block_flops) + moving * job.bring)
+    )
     for block_class in dropped.values():
         each = _closed_form(job, split(windows)) if recipe.closed_form else Budget()
         each = each.then(_distilled(job, learnt, held_out, recipe, block_class))
-        on_device, on_host = job.weights() + each.device_bytes, job.per_node * (streams + kept)
+        on_device = job.weights() + each.device_bytes + (streams if on_gpu else 0)
+        on_host = job.per_node * (kept + (0 if on_gpu else streams))
         found = found.then(Budget(each.seconds, on_device, on_host, kept))
     if recipe.joint and dropped:
         steps = total_steps(document, replace(recipe, closed_form=None, block=None), windows)
@@ -185,13 +186,12 @@ def repair(job: Job, windows: int, document: dict, recipe: Recipe) -> Budget:
 
 def _distilled(job: Job, learnt: int, held_out: int, recipe: Recipe, block_class: str | None) -> Budget:
     """A block: gradient steps, its heads grouped before (two passes), losses on the windows held out."""
-    actions = recipe.treatment(block_class)
+    actions, steps = recipe.treatment(block_class), recipe.steps(block_class, learnt)
     passes = 2 * held_out + 2 * learnt * (GROUP in actions)
-    if DISTILL not in actions:
-        return Budget(job.seconds(passes * job.block_flops))
-    passes += BACKWARD * recipe.steps(block_class, learnt) + recipe.block.epochs * held_out
+    passes += recipe.block.epochs * held_out if DISTILL in actions else 0
+    seconds = job.seconds((passes + BACKWARD * steps) * job.block_flops) + (passes + steps) * job.bring
     memory = (1 + ADAM) * 4 * job.block_parameters / job.processes + job.block_activations()
-    return Budget(job.seconds(passes * job.block_flops), memory)
+    return Budget(seconds, memory if DISTILL in actions else 0.0)
 
 
 def _closed_form(job: Job, windows: int) -> Budget:
@@ -200,6 +200,7 @@ def _closed_form(job: Job, windows: int) -> Budget:
     d, f, gpus = c.hidden_size, c.intermediate_size, job.processes
     measured = min(tokens, ERROR_TOKENS) / job.seq_len
     found = Budget(job.seconds((3 * windows + 5 * measured) * job.block_flops))  # heads and features; errors
+    found = found.then(Budget((7 * windows + 5 * measured) * job.bring))
     found = found.then(Budget(job.seconds(min(tokens, PLACEMENT_TOKENS) * (job.tp + 1) * 4 * d * f)))
     found = found.then(_regression(job, tokens, job.tp, d), 2)
     for features in (f + d, f):
@@ -207,7 +208,7 @@ def _closed_form(job: Job, windows: int) -> Budget:
             found = found.then(_regression(job, tokens, 1, features))
         else:
             a_sweep = job.seconds(windows * job.flops_of("o_proj", "gate_up_proj", "act") + tokens * 4 * features * d)
-            a_sweep += job.seconds(4 * features * features / job.tp * d, "float64")
+            a_sweep += job.seconds(4 * features * features / job.tp * d, "float64") + windows * job.bring
             found = found.then(_regression(job, tokens, job.tp, features / job.tp))
             found = found.then(Budget(a_sweep), SWEEPS)
     copies = 2 * 4 * job.block_parameters / gpus + tokens * c.num_heads * c.head_dim * 4 / gpus

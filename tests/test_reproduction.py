@@ -244,6 +244,14 @@ def test_budgets_count_weights_and_grow_with_the_work():
     assert Budget(1, 2, 3, 4).then(Budget(1, 5, 1, 1), 2) == Budget(3, 5, 3, 6)
 
 
+def test_streams_are_reckoned_on_the_gpu_where_they_leave_it_half_of_what_is_free():
+    """One of 80 GB has room for those of 7B; beside 13B in float32 they stay on the host, and are brought each time."""
+    for model, on_host in (("llama2-7b", 0), ("llama2-13b", 2 * 128 * 2048 * 5120 * 4)):
+        job = Job(SHAPES[model], 8, 1, 1, 2048)
+        found = repair(job, 128, document_of(job, 1), recipe_named("b2b"))
+        assert found.host_bytes == 4 * job.block_parameters + on_host
+
+
 def test_a_pass_is_counted_as_torch_counts_it():
     """One token: torch counts attention over all positions, of which a causal kernel reads those before."""
     model = SPDModel.from_pretrained("spd-tiny", tp=4).transformer
