@@ -258,6 +258,9 @@ def write_whole(path: Path | str, write: Callable[[Path], Any]) -> None:
         os.replace(partial, target)
     except OSError as error:
         raise SPDError(f"Cannot write {path}: {error.strerror or error}.") from error
+    except Exception as error:  # torch and safetensors have errors of their own for a disk that is full
+        reason = " ".join(str(error).split())[:100]
+        raise SPDError(f"Cannot write {path}, perhaps for want of room ({reason}).") from error
     finally:
         with suppress(OSError):  # renamed, or never made
             partial.unlink()

@@ -20,7 +20,7 @@ from spd.errors import LONGEST, SPDError, short
 from spd.evaluate import perplexity
 from spd.generate import Sampling, generate
 from spd.options import COMMANDS
-from spd.records import inside, parsed, regular
+from spd.records import inside, parsed, regular, write_whole
 from spd.repairs import claim
 from spd.session import Session
 
@@ -170,3 +170,13 @@ def test_a_message_is_one_line_that_keeps_its_beginning_and_end():
     assert short("a\nb") == "a b"
     cut = short("begin " + "x" * 10_000 + " end")
     assert len(cut) <= LONGEST and cut.startswith("begin") and cut.endswith("end")
+
+
+def test_a_library_s_own_word_for_a_full_disk_is_a_sentence(tmp_path):
+    def write(partial):
+        partial.write_text("half")
+        raise RuntimeError("[enforce fail] unexpected pos 10624 vs 10512")
+
+    with pytest.raises(SPDError, match=r"Cannot write .*f, perhaps for want of room \(\[enforce fail\] unexpected pos"):
+        write_whole(tmp_path / "f", write)
+    assert not list(tmp_path.iterdir())
