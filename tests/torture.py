@@ -199,7 +199,7 @@ def test_a_disk_that_takes_no_more(name, fault, base, tmp_path):
         return not subprocess.run(["mount", *words, tmp_path]).returncode
 
     own = fault != "File too large"
-    if own and not mount("-t", "tmpfs", "-o", "size=2m", "none"):
+    if own and not mount("-t", "tmpfs", "-o", "size=64m", "none"):
         pytest.skip("only root may mount")
     folder = shutil.copytree(base, tmp_path / "f")
     for room in (20, 60, 150):  # KiB
