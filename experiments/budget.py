@@ -92,8 +92,7 @@ class Job:
 
     @property
     def block_parameters(self) -> int:
-        """What one block more would add."""
-        return replace(self.config, num_blocks=self.config.num_blocks + 1).parameters() - self.config.parameters()
+        return self.config.block_parameters()
 
     @property
     def end_parameters(self) -> int:
@@ -278,7 +277,7 @@ def bench(job: Job, options: dict) -> Budget:
     lengths = options["batch"], options["prompt_len"], options["new_tokens"]
     for launch in (LAUNCH, 0.0, LAUNCH, 0.0) if on_gpu else (0.0,):
         predicted = Prediction(job.config, gpu(job.gpu, launch), lambda payload: 0.0, job.tp, *lengths)
-        once = predicted.time("ttft", 0).total + options["new_tokens"] * predicted.time("tpot", 0).total
+        once = predicted.time("ttft", None).total + options["new_tokens"] * predicted.time("tpot", None).total
         timed = timings * (options["repeats"] + WARMUP) * once
         found = found.then(job.load()).then(Budget(timed, job.weights(options["dtype"])))
     return found

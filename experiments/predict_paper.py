@@ -20,19 +20,9 @@ from spd.cli import main
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import Prediction, syncs_at
-from spd.machines import (
-    AllReduce,
-    Pass,
-    Work,
-    all_reduce_table,
-    gpu,
-    link_all_reduce,
-    measured_all_reduce,
-    read_profile,
-    ring_bytes,
-    timed_passes,
-)
+from spd.latency import Prediction, plan_at
+from spd.links import AllReduce, all_reduce_table, link_all_reduce, measured_all_reduce, ring_bytes
+from spd.machines import Pass, Work, gpu, read_profile, timed_passes
 from spd.options import command
 
 PAPER = reference()
@@ -157,7 +147,7 @@ def _figure2_pass() -> Pass:
 
 def _transfer_ms(all_reduce: AllReduce, percent: float) -> float:
     a_pass = _figure2_pass()
-    return 1e3 * syncs_at(a_pass.config, percent) * all_reduce(a_pass.payload)
+    return 1e3 * plan_at(a_pass.config.num_blocks, percent).syncs() * all_reduce(a_pass.payload)
 
 
 def prediction(shape: str, setting: str, launch: float | None) -> Prediction:

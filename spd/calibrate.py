@@ -16,20 +16,8 @@ from scipy.optimize import nnls
 from spd.comm import Link
 from spd.config import DTYPES, ModelConfig, named_shape
 from spd.errors import SPDError, one_of, reading
-from spd.machines import (
-    ATTENTION,
-    Machine,
-    OperatorTable,
-    Pass,
-    Work,
-    gpu,
-    left_out_errors,
-    link_all_reduce,
-    read_profile,
-    ring_bytes,
-    tabled_shape,
-    timed_passes,
-)
+from spd.links import left_out_errors, link_all_reduce, ring_bytes
+from spd.machines import ATTENTION, Machine, OperatorTable, Pass, Work, gpu, read_profile, tabled_shape, timed_passes
 from spd.plan import Plan
 from spd.pretrained import resolve
 from spd.records import regular

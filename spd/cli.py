@@ -5,6 +5,7 @@ import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 from spd.errors import SPDError, one_of, reading, short
@@ -21,9 +22,11 @@ from spd.options import (
     REPAIR,
     SENSITIVITY,
     SENT,
+    SITE,
     TASKS,
     TEXT,
     THRESHOLDS,
+    WHOLE,
     Command,
     Parser,
     at_least,
@@ -270,32 +273,48 @@ def bench(session: Session) -> None:
 
 
 @command(
-    option("--shape", "Named shape, as llama2-70b.", required=True),
-    option("--gpu", "Named GPU; left out: a100."),
-    option("--tp", "GPUs, one shard each.", at_least(1), 8),
-    option("--nodes", "Nodes they are on: which measured all-reduce counts; left out: the link's, or 1.", at_least(1)),
-    option("--percent", "Percentages of blocks that drop their attention sync.", percentages, "70"),
-    option("--launch-us", "Host time an operator waits for; 0 under CUDA graphs.", at_least(0, float), 0.0),
-    option("--machine", "A machine that 'profile' calibrated, not a GPU.", Path),
-    option("--calibration", "The same.", Path),
-    *PROMPT,
+    option("--model", "Checkpoint folder, GGUF file or hub id, of which its shape is read.", metavar="DIR|HUB_ID"),
+    option("--shape", "Or a named shape, as llama2-70b."),
+    *(*SITE, *PLANS),
+    option("--tp", "GPUs, one shard each; this and the next three may be lists, as in 2,4,8.", WHOLE, "8"),
+    option("--batch", "Sequences.", WHOLE, "1"),
+    option("--prompt-len", "Tokens in the prompt.", WHOLE, "128"),
+    option("--percent", "Percentages of blocks that drop their attention sync, not a plan; left out: 70.", percentages),
+    option("--new-tokens", "Tokens decoded, whose mean TPOT is.", at_least(0), 16),
+    option("--break-even", "Below which bandwidth, above which latency it gains 5, 10, 20 %%.", bool, False),
 )
 def predict(session: Session) -> None:
-    """Latency on machines that are not at hand: TTFT, TPOT, share of communication, what dropping gains, the ceiling.
+    """Latency on machines that are not at hand: TTFT, TPOT, share of communication, what a plan gains, the ceiling.
 
     reduction is 1 - t_p/t_0, speedup t_0/t_p, both of TTFT; 'tpot' has its own. --link may be a name, as nvlink4;
-    'help' lists the names, what measured each, and how far off it is at a size left out.
+    'help' lists the names, what measured each, and how far off it is at a size left out. With --nodes a link by formula
+    joins the nodes. memory_bytes are of one GPU.
     """
-    from spd.latency import ask
-    from spd.machines import preset_errors
-    from spd.pretrained import describe
+    from itertools import product
+
+    from spd.latency import ask, plan_at
+    from spd.links import preset_errors
+    from spd.plan import Plan
 
     o = session.options
     if o.link == "help":
-        return session.publish({"links": preset_errors()})
-    same = {name: getattr(o, name) for name in ("nodes", "link", "batch", "prompt_len", "new_tokens", "launch_us")}
-    result, config = ask(o.shape, o.percent, o.tp, gpu_name=o.gpu, calibration=o.machine or o.calibration, **same)
-    session.publish(result, describe(config, o.shape, f"shape-{o.shape}"))
+        return session.publish({"links": preset_errors()}, tp=0)
+    config, described, fingerprint = session.shape()
+    blocks, sent = config.num_blocks, (o.bits, o.bits_plain, o.group)
+    if o.plan or o.drop or o.drop_mlp:
+        if o.percent:
+            raise SPDError("--percent says what is dropped, and so do --plan, --drop and --drop-mlp: give one of them.")
+        models = [SimpleNamespace(config=config, tp=tp, fingerprint=fingerprint) for tp in o.tp]
+        documents = [session.plan_document(model) for model in models]
+        plans = [(Plan.from_document(documents[0]), None)]
+    else:
+        percents = o.percent or ([0.0] if o.bits or o.bits_plain else [70.0])
+        plans = [(plan_at(blocks, percent).sending(*sent), percent) for percent in percents]
+    for (plan, _), tp in product(plans, o.tp):
+        plan.check_groups(tp)
+    sizes = product(o.tp, o.batch, o.prompt_len, [o.new_tokens])
+    result = ask(session.site(), config, plans, sizes, o.break_even)
+    session.publish({"shape": described["name"]} | result, described, tp=result["tp"])
 
 
 @command(

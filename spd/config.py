@@ -212,6 +212,10 @@ class ModelConfig:
         """Number of parameters of the dense model."""
         return sum(math.prod(shape) for shape in hf_shapes(self).values())
 
+    def block_parameters(self) -> int:
+        """What one block more would add."""
+        return replace(self, num_blocks=self.num_blocks + 1).parameters() - self.parameters()
+
     def rotary_frequencies(self) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (head_dim / 2,) and the factor on cosine and sine, after RoPE scaling."""
         with torch.device("cpu"):  # also where the model around it is being built on the meta device

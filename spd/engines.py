@@ -16,7 +16,8 @@ from torch import Tensor
 
 from spd.comm import Collective, Link, Shards
 from spd.kernels import linear
-from spd.machines import Pass, link_all_reduce
+from spd.links import link_all_reduce
+from spd.machines import Pass
 from spd.model import Transformer
 
 WARMUP = 3  # passes before a capture: compilation, and what libraries allocate on their first calls

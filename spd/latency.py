@@ -1,12 +1,14 @@
-"""Predicted latency: time to first token (TTFT), time per output token (TPOT), and what dropping sync points gains.
+"""Predicted latency: time to first token (TTFT), time per output token (TPOT), and what plans gain.
 
 A pass takes the sum of its operators' device times, plus launch time an operator (none under CUDA graphs), plus one
-all-reduce a sync point that is kept, and one all-gather of the logits. Nothing overlaps; dropping a sync point changes
-nothing but its all-reduce.
+all-reduce a sync point that is kept whole, two collectives of packed bytes one in few bits, and one all-gather of the
+logits. Nothing overlaps; a dropped sync point saves its all-reduce and nothing else.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -15,34 +17,36 @@ from pydantic import BaseModel
 
 from spd.calibrate import SCHEMA
 from spd.comm import Link
-from spd.config import DTYPES, ModelConfig, named_shape
+from spd.config import DTYPES, ModelConfig
 from spd.errors import SPDError
-from spd.machines import (
-    KINDS,
+from spd.links import (
     AllReduce,
-    Costs,
-    Machine,
-    OperatorTable,
-    Pass,
-    gpu,
+    all_reduce_over,
+    fitted_all_reduce,
+    followed_by,
+    formula,
     link_all_reduce,
     measured_all_reduce,
-    preset_all_reduce,
     presets,
-    ring_bytes,
     scaled_all_reduce,
-    timed_passes,
 )
+from spd.machines import KINDS, Costs, Machine, OperatorTable, Pass, gpu, timed_passes
 from spd.plan import Plan
 from spd.planner import blocks_of
 from spd.records import parsed
 
 TIMES = ("ttft", "tpot")
 DEFAULT_GPU = "a100"
-COMPARED = ("percent", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup")
+COMPARED = ("tp", "batch", "prompt_len", "percent", "ttft_ms", "tpot_ms", "communication_share", "reduction", "speedup")
+COMPARED += ("ceiling", "memory_bytes", "fits")
+GAINS = (0.05, 0.1, 0.2)  # that a break-even is found for
 TABLE = "Operator times of an A100 table; for other GPUs its efficiencies at their data sheet's peaks."
+DATA_SHEET = "{} is known by its data sheet alone: no time was measured on it."
 CALIBRATION = "Unit costs of the calibration; no operator table."
 BETWEEN = "One sync a block was not measured there: it is predicted between two syncs and none."
+ROUNDED = "A sync in few bits is two collectives, like all-reduces of half of its packed bytes, and three kernels."
+NODES = "The link is the slowest hop of one ring over all GPUs: that between the {} nodes."
+NODE_LOCAL = "Syncs inside groups run over {}."
 ASSUMPTIONS = [
     "The attention core is counted from FLOPs and bytes at the output projection's efficiency.",
     "Nothing overlaps; a dropped sync point saves its all-reduce and nothing else.",
@@ -74,129 +78,220 @@ class Time:
 
 @dataclass(frozen=True)
 class Prediction:
-    """TTFT and TPOT of a shape on a machine, under any number of dropped attention sync points."""
+    """TTFT and TPOT of a shape on a machine, under any plan. `all_reduce` joins all shards, `inside` some of a node."""
 
     config: ModelConfig
     machine: Machine
-    all_reduce: Callable[[float], float]
+    all_reduce: AllReduce
     tp: int
     batch: int = 1
     prompt_len: int = 128  # tokens
     new_tokens: int = 16  # decoded; TPOT is their mean
+    inside: Callable[[int], AllReduce] | None = None  # by number of shards
 
-    @property
+    @cached_property
     def passes(self) -> dict[str, Pass]:
         asked = self.config, self.tp, self.batch, self.prompt_len, self.new_tokens
         return timed_passes(*asked, self.machine.element_size)
 
-    def time(self, kind: str, syncs: int) -> Time:
-        """Of `ttft` or `tpot` with `syncs` all-reduces."""
+    @cached_property
+    def full(self) -> Plan:
+        return Plan.full(self.config.num_blocks)
+
+    def time(self, kind: str, plan: Plan | None) -> Time:
+        """Of `ttft` or `tpot` under a plan; None: without any communication."""
         a_pass, parts = self.passes[kind], dict.fromkeys((*KINDS, "launch"), 0.0)
-        for operator, times in a_pass.operators():
+        rounded = [] if plan is None else plan.rounded(self.config.hidden_size, self.tp)
+        for operator, times in a_pass.operators(len(rounded)):
             parts[operator.kind] += times * self.machine.seconds(operator, self.tp)
             parts["launch"] += times * self.machine.launch
-        return Time(parts | {"communication": a_pass.communication(self.all_reduce, syncs)})
+        if plan is None:
+            return Time(parts | {"communication": 0.0})
+        communication = a_pass.communication(self.all_reduce, plan.syncs())
+        communication += sum(self.all_reduce.rounded(a_pass.rows * each) for each in rounded)
+        if plan.group:
+            local = sum(policy.group is not None for pair in plan.blocks for policy in pair)
+            communication += local * self.inside(plan.group)(a_pass.payload)
+        return Time(parts | {"communication": communication})
 
     def dropping(self, kind: str, percent: float) -> Time:
         """With the attention sync point of `percent` of the blocks dropped."""
-        return self.time(kind, syncs_at(self.config, percent))
+        return self.time(kind, plan_at(self.config.num_blocks, percent))
 
     def compare(self, kind: str, percent: float) -> dict[str, float]:
         """That `against` 0 %."""
-        return self.dropping(kind, percent).against(self.dropping(kind, 0))
+        return self.dropping(kind, percent).against(self.time(kind, self.full))
 
     def bound(self, kind: str) -> dict[str, float]:
         """The same without any communication."""
-        return self.time(kind, 0).against(self.dropping(kind, 0))
+        return self.time(kind, None).against(self.time(kind, self.full))
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of one GPU at most: weights, the cache of all tokens, and the prefill's activations."""
+        last = replace(self.passes["tpot"], past=self.prompt_len + max(0, self.new_tokens - 1))
+        return self.passes["ttft"].memory() | {"cache": last.memory()["cache"]}
 
 
-def syncs_at(config: ModelConfig, percent: float) -> int:
-    """All-reduces a pass when `percent` of the blocks drop theirs after attention."""
+def plan_at(num_blocks: int, percent: float) -> Plan:
+    """The first blocks drop their attention sync: which they are changes no time."""
     if not 0 <= percent <= 100:
         raise SPDError(f"{percent:g} is not a percentage between 0 and 100.")
-    return Plan.dropping(config.num_blocks, range(blocks_of(percent, config.num_blocks))).syncs()
+    return Plan.dropping(num_blocks, range(blocks_of(percent, num_blocks)))
 
 
-def predict(prediction: Prediction, percent: float) -> dict:
-    """TTFT and TPOT at `percent`, beside 0 % and the ceilings.
+def predict(prediction: Prediction, plan: Plan, percent: float | None = None) -> dict:
+    """TTFT and TPOT under a plan (that of a percentage, if so), beside everything full and the ceilings.
 
     `ceiling` has what dropping could give at most (every attention sync point) and what any method could (no
     communication at all). Top-level share, reduction and speedup are the TTFT's; `tpot` has its own.
     """
-    asked, full, dropped = ({k: prediction.compare(k, p) for k in TIMES} for p in (percent, 0, 100))
-    times = {f"{kind}_ms": asked[kind].pop("ms") for kind in TIMES}
+    full = {kind: prediction.time(kind, prediction.full) for kind in TIMES}
+    asked = {kind: prediction.time(kind, plan).against(full[kind]) for kind in TIMES}
+    times, dropped = {f"{kind}_ms": asked[kind].pop("ms") for kind in TIMES}, len(plan.dropped())
+    memory, room = prediction.memory(), prediction.machine.memory
     return {
+        **{name: getattr(prediction, name) for name in ("tp", "batch", "prompt_len")},
+        "percent": 100 * dropped / len(plan) if percent is None else percent,
         **times,
         **asked["ttft"],
         "tpot": asked["tpot"],
-        "percent": percent,
-        "blocks_dropped": blocks_of(percent, prediction.config.num_blocks),
-        "ceiling": {"all_attention_dropped": dropped, "no_communication": {k: prediction.bound(k) for k in TIMES}},
-        "all_full": full,
-        "parts_ms": {kind: prediction.dropping(kind, percent).parts_ms() for kind in TIMES},
+        "ceiling": {
+            "all_attention_dropped": {kind: prediction.compare(kind, 100) for kind in TIMES},
+            "no_communication": {kind: prediction.bound(kind) for kind in TIMES},
+        },
+        "memory_bytes": sum(memory.values()),
+        "fits": None if room is None else sum(memory.values()) <= room,
+        "plan": str(plan),
+        "blocks_dropped": dropped,
+        "memory_parts": memory,
+        "all_full": {kind: full[kind].against(full[kind]) for kind in TIMES},
+        "parts_ms": {kind: prediction.time(kind, plan).parts_ms() for kind in TIMES},
     }
 
 
-def ask(
-    shape: str,
-    percent: float | list[float],
-    tp: int = 8,
-    *,
-    gpu_name: str | None = None,
-    nodes: int | None = None,
-    link: str | None = None,
-    calibration: Path | None = None,
-    launch_us: float = 0.0,
-    **prompt: int,
-) -> tuple[dict, ModelConfig]:
-    """The document of `spd predict`, with what was assumed, and the shape. `prompt`: sizes of a `Prediction`.
+def break_even(prediction: Prediction, plan: Plan, link: Link | None) -> list[dict]:
+    """Below which bandwidth, and above which latency, a plan gains `GAINS` over a ring whose slowest hop is a link.
 
-    Of several percentages the document is the last one's; `percentages` has TTFT, TPOT, reduction and speedup of all.
-    The machine is a named GPU (a100 if none is named) or a calibration. Its all-reduce is the link given (without a
-    name, emulated after a calibration's own, as `bench --link` does), else the calibration's, else NCCL's table.
+    Each with the other as that link has it, or free. None where no link would do; `0us`, and `any` bandwidth, where
+    all would. Time is linear in latency and in seconds a byte, so that both are solved for.
     """
-    config = named_shape(shape)
-    config.validate_tp(tp)
-    if tp % (nodes or 1):
-        raise SPDError(f"tp={tp} cannot be spread evenly over {nodes} nodes.")
-    found = None if calibration is None else read(calibration)
-    own_machine = found and found.machine()
-    if own_machine and gpu_name is not None:
-        raise SPDError("A calibration is a machine already; give either --gpu or --machine.")
-    machine = own_machine or gpu(gpu_name or DEFAULT_GPU, 1e-6 * launch_us)
-    labels = {} if found is None else found.links
-    over = None if link is None or link in labels else all_reduce_over(link, tp, nodes, labels)
-    own = found and found.own(tp, link)
-    if over and own and link not in presets():
-        all_reduce = followed_by(own, over)
-    elif labels and not (over or own):
-        raise SPDError(f"{calibration} has several links; say which with --link: {', '.join(labels)}.")
-    else:
-        all_reduce = over or own or measured_all_reduce(machine.name, tp, nodes or 1)
-    prediction = Prediction(config, machine, all_reduce, tp, **prompt)
-    results = [predict(prediction, one) for one in (percent if isinstance(percent, list) else [percent])]
-    result = results[-1]
+    free = Link(float("inf"), 0.0) if link is None else link
+    changes = {"below_bandwidth": ({"bandwidth": float("inf")}, {"bandwidth": 1e9})}
+    changes["above_latency"] = ({"latency": 0.0}, {"latency": 1e-6})
+    found = []
+    for kind, gain in ((kind, gain) for kind in TIMES for gain in GAINS):
+        row = {"time": kind, "gain": gain}
+        for what, change in changes.items():
+            over = [replace(prediction, all_reduce=link_all_reduce(replace(free, **c), prediction.tp)) for c in change]
+            lacking, unit = ((1 + gain) * p.time(kind, plan).total - p.time(kind, p.full).total for p in over)
+            units = 0.0 if lacking <= 0 else lacking / (lacking - unit) if unit < lacking else None
+            row[what] = None if units is None else _told(what, units)
+        found.append(row)
+    return found
+
+
+def _told(what: str, units: float) -> str:
+    """In the form of a link's specification, of seconds a gigabyte or of microseconds."""
+    if what == "above_latency":
+        return f"{units:.4g}us"
+    return f"{1 / units:.4g}GBps" if units else "any"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a model runs: GPUs of a name (a100 if none is given) or a machine that `profile` made, and what joins them.
+
+    That is the link given (without a name, after a calibration's own, as `bench --link` emulates it), else the
+    calibration's, else the GPU's own, which also joins groups inside a node.
+    """
+
+    gpu: str | None = None
+    file: Path | None = None
+    nodes: int | None = None
+    link: str | None = None
+    launch: float = 0.0  # seconds an operator waits for the host
+
+    @cached_property
+    def found(self) -> "MachineFile | None":
+        return None if self.file is None else read(self.file)
+
+    @cached_property
+    def machine(self) -> Machine:
+        own = self.found and self.found.machine()
+        if own and self.gpu is not None:
+            raise SPDError("A calibration is a machine already; give either --gpu or --machine.")
+        return own or gpu(self.gpu or DEFAULT_GPU, self.launch)
+
+    def all_reduce(self, tp: int) -> AllReduce:
+        """Over all shards."""
+        if tp % (self.nodes or 1):
+            raise SPDError(f"tp={tp} cannot be spread evenly over {self.nodes} nodes.")
+        labels = {} if self.found is None else self.found.links
+        named = self.link is not None and self.link not in labels
+        over = all_reduce_over(self.link, tp, self.nodes, labels) if named else None
+        own = self.found and self.found.own(tp, self.link)
+        if over and own and self.link not in presets():
+            return followed_by(own, over)
+        if labels and not (over or own):
+            raise SPDError(f"{self.file} has several links; say which with --link: {', '.join(labels)}.")
+        return over or own or measured_all_reduce(self.machine.name, tp, self.nodes or 1)
+
+    def inside(self, tp: int, size: int) -> AllReduce:
+        """Over `size` shards of one node."""
+        if self.machine.memory is None:
+            raise SPDError("What joins GPUs inside a node is known of a named --gpu, and not of this machine.")
+        if tp // (self.nodes or 1) % size:
+            raise SPDError(f"Groups of {size} do not fill nodes of {tp // (self.nodes or 1)} GPUs evenly.")
+        return measured_all_reduce(self.machine.name, size, 1)
+
+    def prediction(self, config: ModelConfig, tp: int, *sizes: int) -> Prediction:
+        """`sizes`: batch, prompt_len and new_tokens, as far as they are not the defaults."""
+        config.validate_tp(tp)
+        return Prediction(config, self.machine, self.all_reduce(tp), tp, *sizes, inside=partial(self.inside, tp))
+
+    def assumptions(self, asked: Prediction, plan: Plan) -> list[str]:
+        """In words."""
+        tp, measured = asked.tp, self.found and self.found.syncs_measured
+        said = {
+            TABLE: self.machine.table is not None,
+            CALIBRATION: self.machine.table is None,
+            **dict.fromkeys(ASSUMPTIONS, True),
+            asked.config.padding_note(tp): True,
+            BETWEEN: measured and 1 not in measured,
+            NODES.format(self.nodes): (self.nodes or 1) > 1 and self.link is not None,
+            DATA_SHEET.format(self.machine.name): self.machine.by_data_sheet,
+            ROUNDED: plan.rounded(1, tp),
+            plan.group and NODE_LOCAL.format(self.inside(tp, plan.group).name): True,
+        }
+        return [sentence for sentence, holds in said.items() if sentence and holds]
+
+
+def ask(
+    site: Site,
+    config: ModelConfig,
+    plans: Sequence[tuple[Plan, float | None]],
+    sizes: Iterable[tuple[int, ...]],
+    gains: bool = False,
+) -> dict:
+    """The document of `spd predict`, with what was assumed: the last row's; `rows` has all, where there are several.
+
+    `plans` come with the percentage that they are of, `sizes` are (tp, batch, prompt_len, new_tokens).
+    """
+    asked = [(site.prediction(config, *each), *plan) for each, plan in product(sizes, plans)]
+    results = [predict(*each) for each in asked]
+    last, plan, _ = asked[-1]
+    result = dict(results[-1])
     if len(results) > 1:
-        result["percentages"] = [{key: one[key] for key in COMPARED} for one in results]
-    note = config.padding_note(tp)
-    assumed = [CALIBRATION if machine.table is None else TABLE, *ASSUMPTIONS, *([note] if note else [])]
-    if found and found.syncs_measured and 1 not in found.syncs_measured:
-        assumed.append(BETWEEN)
-    if (nodes or 1) > 1 and over is not None:
-        assumed.append(f"The link is the slowest hop of one ring over all GPUs: that between the {nodes} nodes.")
-    asked = {"shape": shape, "machine": machine.name, "nodes": nodes or all_reduce.nodes, "link": all_reduce.name}
-    asked |= {"launch_us": launch_us} | {key: getattr(prediction, key) for key in ("batch", "prompt_len", "new_tokens")}
-    return result | asked | {"assumptions": assumed}, config
-
-
-def all_reduce_over(link: str, tp: int, nodes: int | None = None, labels: Iterable[str] = ()) -> AllReduce:
-    """Of a link's name (`labels`: what else would be one), or of its slowest hop and latency as in `10GBps,20us`."""
-    if "," in link:
-        return link_all_reduce(Link.parse(link), tp)
-    if link in presets():
-        return preset_all_reduce(link, tp, nodes)
-    known = ", ".join([*labels, *presets()])
-    raise SPDError(f"'{link}' is not a link; give BANDWIDTH,LATENCY as in '10GBps,20us', or one of {known}.")
+        result["rows"] = [{key: one[key] for key in COMPARED} for one in results]
+        result |= {"percentages": result["rows"]} if len(plans) > 1 else {}  # as they were called
+    if gains:
+        link = site.link and formula(site.link)
+        if site.link and link is None:
+            raise SPDError(f"A break-even is of links by formula: give --link as '10GBps,20us', not {site.link}.")
+        result["break_even"] = break_even(last, plan, link)
+    said = {"machine": last.machine.name, "nodes": site.nodes or last.all_reduce.nodes, "link": last.all_reduce.name}
+    said |= {"launch_us": 1e6 * site.launch, "new_tokens": last.new_tokens}
+    return result | said | {"assumptions": site.assumptions(last, plan)}
 
 
 class _Link(BaseModel):
@@ -242,16 +337,3 @@ class MachineFile(BaseModel):
 def read(path: Path) -> MachineFile:
     """What `spd profile --out` wrote."""
     return parsed(path, MachineFile, f"is not a calibration; 'spd profile RECORDS --out {path}' makes one")
-
-
-def fitted_all_reduce(latencies: dict[int, float], ring_byte: float, tp: int, name: str = "calibrated") -> AllReduce:
-    """One latency (seconds) a degree, one cost (seconds) of a byte that the ring moves."""
-    if tp > 1 and tp not in latencies:
-        known = ", ".join(map(str, sorted(latencies))) or "none"
-        raise SPDError(f"The calibration has no all-reduce over tp={tp}; degrees calibrated: {known}.")
-    latency = latencies[tp] if tp > 1 else 0.0  # and the ring moves nothing
-    return AllReduce(name, lambda payload: latency + ring_bytes(payload, tp) * ring_byte)
-
-
-def followed_by(real: AllReduce, emulated: AllReduce) -> AllReduce:
-    return AllReduce(f"{real.name}, then {emulated.name}", lambda payload: real(payload) + emulated(payload))

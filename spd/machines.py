@@ -1,4 +1,4 @@
-"""What a pass does on one shard, and what puts a time on it: machines, and the all-reduces that join them.
+"""What a pass does on one shard, and what puts a time on it: machines. What joins them is in `links`.
 
 A `Pass` counts operators with their FLOPs and bytes from the shape, under the names of `profiles/layer_ops_a100.csv`,
 and knows no machine. A `Machine` puts a time on an operator: its work at the machine's unit costs, over an efficiency.
@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
-from spd.comm import Link
 from spd.config import ModelConfig, named_shape
 from spd.errors import SPDError, one_of
 
@@ -26,6 +24,7 @@ MATRIX, ATTENTION, POINTWISE = KINDS = ("matrix products", "attention", "pointwi
 # Operators the table lacks take the efficiency of a neighbour: the output projection for the attention core (alike
 # in size), the gate and up projection for the head.
 STAND_INS = {"attention": "o_proj", "head": "gate_up_proj", "final_norm": "input_norm"}
+STAND_INS |= dict.fromkeys(("round", "sum", "unpack"), "residual_add")
 TABLE_MODELS = {"Llama-2-7b-hf": "llama2-7b", "Llama-2-70b-hf": "llama2-70b"}
 
 
@@ -122,9 +121,31 @@ class Pass:
         norm = self._pointwise("final_norm", 2 * self.batch * d)._replace(tokens=self.batch)
         return [self._pointwise("embedding", 2 * self.rows * d), norm, self._matrix("head", self.batch, d, part)]
 
-    def operators(self) -> list[tuple[Operator, int]]:
-        """All operators, and how often each runs."""
-        return [(one, self.config.num_blocks) for one in self.block()] + [(one, 1) for one in self.ends()]
+    def rounding(self) -> list[Operator]:
+        """Around the collectives of a sync in few bits: pending is read and its error kept, slices are summed, and all
+        are unpacked for the addition that there is anyway."""
+        n, d = self.rows, self.config.hidden_size
+        return [self._pointwise(name, times * n * d) for name, times in (("round", 2), ("sum", 1), ("unpack", 1))]
+
+    def operators(self, rounded: int = 0) -> list[tuple[Operator, int]]:
+        """All operators, and how often each runs, with so many syncs in few bits."""
+        blocks = [(one, self.config.num_blocks) for one in self.block()]
+        return blocks + [(one, 1) for one in self.ends()] + [(one, rounded) for one in self.rounding() if rounded]
+
+    def memory(self) -> dict[str, float]:
+        """Bytes on one shard at most: weights, keys and values of all tokens, and what a sublayer holds beside them.
+
+        Embedding and head are whole on each; logits are of the last tokens, in float32.
+        """
+        c, room, size = self.config, self.config.padded(self.tp), self.element_size
+        ends = c.parameters() - c.num_blocks * c.block_parameters()
+        kv = c.kv_heads_per_shard(self.tp) * c.head_dim
+        wide = max(c.heads_per_shard(self.tp) * c.head_dim + 2 * kv, 2 * c.neurons_per_shard(self.tp))
+        return {
+            "weights": size * (c.num_blocks * room.block_parameters() / self.tp + ends),
+            "cache": size * self.batch * (self.past + self.tokens) * c.num_blocks * 2 * kv,
+            "activations": size * self.rows * (3 * c.hidden_size + wide) + 4 * self.batch * c.vocab_size,
+        }
 
     def work(self) -> Work:
         """Of the whole pass."""
@@ -170,6 +191,8 @@ class Machine:
     element_size: int = 2  # bytes
     launch: float = 0.0  # seconds an operator
     table: "OperatorTable | None" = None  # whose efficiencies its operators take
+    memory: float | None = None  # bytes, where they are known
+    by_data_sheet: bool = False  # the table is another GPU's
 
     def seconds(self, operator: Operator, tp: int) -> float:
         """On the device, launch left out."""
@@ -195,7 +218,8 @@ def gpu(name: str, launch: float = 0.0) -> Machine:
     row, table = gpu_row(name), a100_operators()
     byte = 1 / float(row["memory_bytes_per_second"])
     shortest = min(float(r[key]) for r in table.rows for key in r if key.endswith("_us"))
-    return Machine(name, Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte), 2, launch, table)
+    costs = Costs(1e-6 * shortest, 1 / float(row["matrix_flops"]), byte, 0.0, byte)
+    return Machine(name, costs, 2, launch, table, gpu_memory(name), not row["all_reduce_system"])
 
 
 def gpu_memory(name: str) -> float:
@@ -260,141 +284,3 @@ def tabled_shape(model: str) -> ModelConfig:
 def interpolate(at: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     """Linear in log x; the nearest value beyond the ends."""
     return float(np.interp(np.log(at), np.log(xs), ys))
-
-
-# ---------------------------------------------------------------- all-reduces
-
-
-@dataclass(frozen=True)
-class AllReduce:
-    """A function from bytes to seconds, for a number of processes, with a name."""
-
-    name: str
-    seconds: Callable[[float], float]
-    nodes: int = 1
-
-    def __call__(self, payload: float) -> float:
-        return self.seconds(payload)
-
-
-def link_all_reduce(link: Link, tp: int) -> AllReduce:
-    """A ring of `tp` whose slowest hop is `link`."""
-    return AllReduce(link.spec, lambda payload: link.all_reduce_seconds(payload, tp))
-
-
-NOTHING_TO_REDUCE = AllReduce("none", lambda payload: 0.0)
-
-
-def measured_all_reduce(gpu_name: str, tp: int, nodes: int) -> AllReduce:
-    """NCCL's on the nodes that a named GPU comes in, read as a table."""
-    if tp == 1:
-        return NOTHING_TO_REDUCE
-    system = gpu_row(gpu_name)["all_reduce_system"]
-    return AllReduce(
-        f"NCCL measured on {system}, {nodes} x {tp // nodes}", as_table(*all_reduce_table(gpu_name, tp, nodes))
-    )
-
-
-def as_table(sizes: Sequence[float], seconds: Sequence[float]) -> Callable[[float], float]:
-    """Seconds by bytes, interpolated in the logarithms of both; beyond it the least size's, and the last bandwidth."""
-
-    def interpolated(payload: float) -> float:
-        within = float(np.exp(interpolate(payload, sizes, np.log(seconds))))
-        return within * max(1, payload / sizes[-1])
-
-    return interpolated
-
-
-def as_curve(sizes: Sequence[float], seconds: Sequence[float]) -> Callable[[float], float]:
-    """The same by a monotone cubic, which a table of few sizes is nearer to at those between."""
-    curve = PchipInterpolator(np.log(sizes), np.log(seconds))
-
-    def interpolated(payload: float) -> float:
-        within = float(np.exp(curve(np.log(np.clip(payload, sizes[0], sizes[-1])))))
-        return within * max(1, payload / sizes[-1])
-
-    return interpolated
-
-
-@cache
-def all_reduce_table(gpu_name: str, tp: int, nodes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Bytes and seconds of NCCL's all-reduces over `tp` GPUs spread evenly over `nodes`."""
-    system, tables = gpu_row(gpu_name)["all_reduce_system"], {}
-    for row in read_profile("all_reduce_a100"):
-        if row["system"] == system:
-            table = tables.setdefault((int(row["workers"]), int(row["workers"]) // int(row["devices_per_node"])), [])
-            table.append((float(row["bytes"]), 1e-6 * float(row["all_reduce_us"])))
-    if (tp, nodes) not in tables:
-        known = ", ".join(f"tp={w} on {n} node{'s' * (n > 1)}" for w, n in tables) or "none"
-        raise SPDError(
-            f"No all-reduce table for {gpu_name} with tp={tp} on {nodes} node{'s' * (nodes > 1)} (measured: {known}); "
-            f"give the link as --link BANDWIDTH,LATENCY, as in '25GBps,10us', or by name ({', '.join(presets())})."
-        )
-    return tuple(zip(*sorted(tables[tp, nodes]), strict=True))
-
-
-@cache
-def presets() -> dict[str, list[dict[str, str]]]:
-    """Links by name: for each number of GPUs it was measured with, what and who measured it; or one formula."""
-    found = {}
-    for row in read_profile("presets"):
-        found.setdefault(row["preset"], []).append(row)
-    return found
-
-
-@cache
-def preset_table(name: str, devices: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Bytes and seconds of a preset's all-reduces, marked outliers left out."""
-    rows = [row for row in read_profile("links") if (row["preset"], row["devices"]) == (name, devices)]
-    kept = [(float(row["bytes"]), 1e-6 * float(row["us"])) for row in rows if not row["note"].startswith("outlier")]
-    return tuple(zip(*sorted(kept), strict=True))
-
-
-def preset_all_reduce(name: str, tp: int, nodes: int | None = None) -> AllReduce:
-    """That of the table with the number of GPUs nearest to `tp`, at payloads whose ring moves as many bytes."""
-    rows = presets()[one_of("link", name, presets())]
-    if tp == 1:
-        return NOTHING_TO_REDUCE
-    if not rows[0]["devices"]:
-        link = Link.parse(rows[0]["formula"])
-        return AllReduce(f"{name}, by formula {link.spec}", link_all_reduce(link, tp).seconds)
-    row = min(rows, key=lambda one: abs(np.log(int(one["devices"]) / tp)))
-    if nodes not in (None, int(row["nodes"])):
-        raise SPDError(f"The link {name} was measured on {row['nodes']} node(s), so --nodes {nodes} is not what it is.")
-    told = f"{name}: {row['all_reduce']} on {row['system']}"
-    return scaled_all_reduce(told, int(row["devices"]), preset_table(name, row["devices"]), tp, int(row["nodes"]))
-
-
-def scaled_all_reduce(
-    name: str, devices: int, table: tuple[Sequence[float], Sequence[float]], tp: int, nodes: int = 1
-) -> AllReduce:
-    """A table (bytes, seconds) of some number of GPUs for `tp`, read where its ring moves as many bytes."""
-    seconds, scale = as_curve(*table), ring_bytes(1, tp) / ring_bytes(1, devices)
-    told = name if scale == 1 else f"{name}, read for {tp}"
-    return AllReduce(told, lambda payload: seconds(scale * payload), nodes)
-
-
-def preset_errors() -> list[dict]:
-    """A row a preset and number of GPUs: who measured it, and how far off each size is when it is left out."""
-    found = []
-    for name, row in ((name, row) for name, rows in presets().items() for row in rows):
-        told = {key: int(row[key]) if row[key] else None for key in ("devices", "nodes")}
-        told = {"link": name, **told, **{key: row[key] for key in ("system", "all_reduce", "formula", "source")}}
-        errors = left_out_errors(*preset_table(name, row["devices"])) if row["devices"] else []
-        worst = max(errors, default=None)
-        found.append({**told, "median_error": float(np.median(errors)) if errors else None, "worst_error": worst})
-    return found
-
-
-def left_out_errors(sizes: Sequence[float], seconds: Sequence[float]) -> list[float]:
-    """Relative errors, without sign, of each size read from all others."""
-    found = []
-    for i, (size, measured) in enumerate(zip(sizes, seconds, strict=True)):
-        others = [(*values[:i], *values[i + 1 :]) for values in (sizes, seconds)]
-        found.append(abs(as_curve(*others)(size) / measured - 1))
-    return found
-
-
-def ring_bytes(payload: float, participants: int) -> float:
-    """Bytes that a ring moves over its slowest hop: 2 (n-1)/n of the payload."""
-    return 2 * (participants - 1) / participants * payload

@@ -73,6 +73,11 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return number
 
 
+def several(kind: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """The type of a list of numbers, as in 1,32."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
 def percentages(text: str) -> list[float]:
     """The type of a list of percentages."""
     try:
@@ -167,6 +172,15 @@ PROMPT = (
     option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
     option("--new-tokens", "Tokens decoded to time TPOT; 0 leaves it out.", at_least(0), 16),
     option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us or 25Gbit,20us."),
+)
+WHOLE = several(at_least(1))
+SITE = (
+    option("--gpu", "Named GPU; left out: a100."),
+    option("--machine", "A machine that 'profile' calibrated, not a GPU.", Path),
+    option("--calibration", "The same.", Path),
+    option("--nodes", "Nodes that the GPUs are spread over; left out: the link's, or 1.", at_least(1)),
+    option("--link", "What joins them: a name, as nvlink4, a machine's label, or as in 10GBps,20us or 25Gbit,20us."),
+    option("--launch-us", "Host time an operator waits for; 0 under CUDA graphs.", at_least(0, float), 0.0),
 )
 PERCENTAGES = option("--percentages", "Of blocks to drop, as in 0,25,50; left out: every number.", percentages)
 SENSITIVITY = option("sensitivity", "What 'sensitivity --out' wrote.", Path, metavar="SENSITIVITY.json")

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +74,7 @@ MEASURED = """
 MARK = "shape_only.json"  # of a folder with random weights: their `name`, `shape`, `blocks` and `of` how many
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     """The local folder of a path, of a GGUF file, of `spd-tiny`, or of a hub id (downloaded or found in the cache)."""
     if Path(model).is_dir():
         return Path(model)
@@ -87,7 +88,7 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(model), allow_patterns=files))
     except GatedRepoError as error:
         raise SPDError(
             f"Access to {model} is gated: ask for it on its hub page, then log in with 'hf auth login'."

@@ -135,8 +135,38 @@ class Session:
         harness = {"batch_size": o.batch_size, "replicas": self.replicas, "is_main": self.runtime.is_main}
         return Accuracy(load_tasks(o.tasks, o.tasks_dir), o.limit, **harness)
 
+    def site(self):
+        """Where `--gpu` or `--machine`, `--nodes` and `--link` say that it runs."""
+        from spd.latency import Site
+
+        o = self.options
+        return Site(o.gpu, o.machine or o.calibration, o.nodes, o.link, 1e-6 * o.launch_us)
+
+    def shape(self):
+        """Configuration of `--model` or `--shape`, its description, and its fingerprint where a plan is to be for it.
+
+        A hub id that a named shape is of stands for that; of others the configuration alone is fetched.
+        """
+        from spd.checkpoint import Checkpoint
+        from spd.config import HUB_IDS, ModelConfig, named_shape
+        from spd.pretrained import describe, display_name, resolve
+
+        o = self.options
+        if (o.model is None) == (o.shape is None):
+            raise SPDError("Give either --model (a folder, GGUF file or hub id) or --shape (a name).")
+        if name := HUB_IDS.get(o.model, o.shape):
+            config = named_shape(name)
+            return config, describe(config, name, f"shape-{name}"), None
+        folder = resolve(o.model, *([] if o.plan else [["config.json"]]))
+        config, name = ModelConfig.from_folder(folder), display_name(o.model)
+        fingerprint = Checkpoint(folder).fingerprint() if o.plan else None
+        return config, describe(config, name, fingerprint or f"shape-{name}"), fingerprint
+
     def plan_document(self, model) -> dict:
-        """The content of `--plan` (policies, perhaps classes), or the policies of the options that stand for it."""
+        """The content of `--plan` (policies, perhaps classes), or the policies of the options that stand for it.
+
+        `model` is anything with a configuration, a degree and a fingerprint.
+        """
         from spd.plan import Plan, parse_blocks, read_plan
 
         blocks = model.config.num_blocks

@@ -1,6 +1,8 @@
 """Small models to test with: random ones made here, real ones from ../shared where it is there."""
 
+import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spd.cli import main
 from spd.tiny import MODEL_DIR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -111,3 +114,23 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def spd_tiny() -> Path:
     return MODEL_DIR
+
+
+@pytest.fixture
+def spd(monkeypatch, capsys, tmp_path):
+    """Runs a command as a user would; gives (exit code, last line as JSON or None, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, mirror=False):
+        words = ["spd", *map(str, arguments)] + ([] if mirror or "--help" in arguments else ["--no-mlflow"])
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        code = ended.value.code
+        if isinstance(code, str):  # sys.exit("sentence") prints it and exits with 1
+            code, err = 1, err + code
+        lines = out.strip().splitlines()
+        return code or 0, json.loads(lines[-1]) if lines and not code and lines[-1].startswith("{") else None, err
+
+    return run

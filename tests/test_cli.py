@@ -13,28 +13,7 @@ import yaml
 from conftest import random_model, with_tokenizer
 
 from spd import records
-from spd.cli import main
 from spd.options import COMMANDS
-
-
-@pytest.fixture
-def spd(monkeypatch, capsys, tmp_path):
-    """Runs a command as a user would; gives (exit code, last line as JSON or None, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments, mirror=False):
-        words = ["spd", *map(str, arguments)] + ([] if mirror or "--help" in arguments else ["--no-mlflow"])
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        code = ended.value.code
-        if isinstance(code, str):  # sys.exit("sentence") prints it and exits with 1
-            code, err = 1, err + code
-        lines = out.strip().splitlines()
-        return code or 0, json.loads(lines[-1]) if lines and not code and lines[-1].startswith("{") else None, err
-
-    return run
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ import csv
 import json
 
 import pytest
+from test_latency import ask
 
 from spd.calibrate import decoded, profile_tables
 from spd.config import SHAPES
 from spd.errors import SPDError
-from spd.latency import ask, read
-from spd.machines import Costs, Machine, Pass, as_curve, read_profile, ring_bytes
+from spd.latency import read
+from spd.links import as_curve, ring_bytes
+from spd.machines import Costs, Machine, Pass, read_profile
 
 COSTS = Costs(5e-6, 2e-15, 3e-13, 1e-13, 2e-12)
 
@@ -52,7 +54,7 @@ def test_decoding_finds_the_costs_and_links_that_made_it_and_predicts_as_they_do
         assert tuple(found.values()) == pytest.approx(links[link], rel=1e-3)
     machine = machine_of(tmp_path / "m.json", table)
     assert machine.own(8, "slow")(1e6) == pytest.approx(3e-5 + 7 * 8e-6 + ring_bytes(1e6, 8) * 5e-11, rel=1e-3)
-    asked = [ask("llama2-7b", 100, 8, calibration=tmp_path / "m.json", link=link)[0] for link in links]
+    asked = [ask("llama2-7b", 100, 8, calibration=tmp_path / "m.json", link=link) for link in links]
     assert asked[1]["speedup"] > asked[0]["speedup"] > 1
     assert "predicted between two syncs and none" in asked[0]["assumptions"][-1]
 
@@ -69,13 +71,13 @@ def test_the_published_decode_table_one_cell_left_out(shared):
 def test_one_sync_a_block_is_predicted_between_two_and_none(shared, tmp_path):
     machine_of(tmp_path / "m.json", shared / "profiles/decode_70b_syncs.csv")
     asked = {"calibration": tmp_path / "m.json", "link": "p2p-off", "prompt_len": 1024, "new_tokens": 512}
-    result, _ = ask("llama2-70b", [0, 100], 8, **asked)
+    result = ask("llama2-70b", [0, 100], 8, **asked)
     full, one = (row["tpot_ms"] for row in result["percentages"])
     none = result["ceiling"]["no_communication"]["tpot"]["ms"]
     assert none < one < full and one == pytest.approx((full + none) / 2, rel=0.02)
     with pytest.raises(SPDError, match="say which with --link: p2p-on, p2p-off"):
         ask("llama2-70b", 0, 8, calibration=tmp_path / "m.json")
-    over = ask("llama2-70b", 0, 8, calibration=tmp_path / "m.json", link="nvlink4")[0]
+    over = ask("llama2-70b", 0, 8, calibration=tmp_path / "m.json", link="nvlink4")
     assert over["link"].startswith("nvlink4") and over["machine"] == "decode_70b_syncs"
 
 
@@ -100,7 +102,7 @@ def test_all_reduces_join_a_gpu_or_a_machine(tmp_path):
     six = found.own(6, "mine")
     eight = as_curve(sizes, [1e-6 * (18 + b / 1e4) for b in sizes])
     assert six(7e5) == pytest.approx(eight(ring_bytes(7e5, 6) / ring_bytes(1, 8))) and six.name == "mine, read for 6"
-    result, _ = ask("llama2-7b", 50, 8, gpu_name="h100", calibration=tmp_path / "m.json", link="mine")
+    result = ask("llama2-7b", 50, 8, gpu_name="h100", calibration=tmp_path / "m.json", link="mine")
     assert (result["machine"], result["link"]) == ("h100", "mine")
     decode = write(tmp_path / "decode.csv", list(decode_rows({"real": (1e-5, 0, 4e-12)})))
     assert set(machine_of(tmp_path / "both.json", decode, table).links) == {"real", "mine"}
