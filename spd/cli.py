@@ -5,7 +5,6 @@ import tempfile
 import traceback
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NoReturn
 
 from spd.errors import SPDError, one_of, reading, short
@@ -23,6 +22,7 @@ from spd.options import (
     SENSITIVITY,
     SENT,
     SITE,
+    TARGET,
     TASKS,
     TEXT,
     THRESHOLDS,
@@ -100,21 +100,26 @@ def sensitivity(session: Session) -> None:
 
 @command(
     SENSITIVITY,
-    option("--budget", "Blocks to drop, as a number (6) or a percentage (70%%).", default="70%"),
-    *THRESHOLDS,
+    option("--budget", "Blocks to drop, as a number (6) or a percentage (70%%); left out: 70%%, or by the target."),
+    *(*THRESHOLDS, *TARGET, *TEXT, *COMPUTE),
 )
 def plan(session: Session) -> None:
-    """Which blocks drop their attention sync, and what each needs first (the paper's algorithm 1).
+    """Which blocks drop their attention sync, and what each needs first (the paper's algorithm 1); or for a target.
 
     Blocks are ranked by ascending sensitivity and dropped up to the budget. Classes: ISB is dropped as is, SB is
     distilled first, ESB has its heads grouped and is distilled. The plan holds for the model and tp it was made for.
+    With a target any scored policy at any point, by dynamic programming: see the file's promise. --model and --text
+    measure it; a promise that is not kept is a failed run.
     """
     from spd.planner import make_plan, read_sensitivity, thresholds
 
     o = session.options
-    measured = read_sensitivity(o.sensitivity)
-    result = make_plan(measured["sensitivity"], o.budget, *thresholds(measured, o.tau1, o.tau2))
-    session.publish(result, measured["model"], measured.get("data"), measured["tp"])
+    scored = read_sensitivity(o.sensitivity)
+    if o.target_speedup is None and o.max_loss is None:
+        result = make_plan(scored["sensitivity"], o.budget or "70%", *thresholds(scored, o.tau1, o.tau2))
+    else:
+        result = session.plan_for_target(scored)
+    session.publish(result, scored["model"], scored.get("data"), scored["tp"])
 
 
 @command(
@@ -292,28 +297,15 @@ def predict(session: Session) -> None:
     """
     from itertools import product
 
-    from spd.latency import ask, plan_at
+    from spd.latency import ask
     from spd.links import preset_errors
-    from spd.plan import Plan
 
     o = session.options
     if o.link == "help":
         return session.publish({"links": preset_errors()}, tp=0)
     config, described, fingerprint = session.shape()
-    blocks, sent = config.num_blocks, (o.bits, o.bits_plain, o.group)
-    if o.plan or o.drop or o.drop_mlp:
-        if o.percent:
-            raise SPDError("--percent says what is dropped, and so do --plan, --drop and --drop-mlp: give one of them.")
-        models = [SimpleNamespace(config=config, tp=tp, fingerprint=fingerprint) for tp in o.tp]
-        documents = [session.plan_document(model) for model in models]
-        plans = [(Plan.from_document(documents[0]), None)]
-    else:
-        percents = o.percent or ([0.0] if o.bits or o.bits_plain else [70.0])
-        plans = [(plan_at(blocks, percent).sending(*sent), percent) for percent in percents]
-    for (plan, _), tp in product(plans, o.tp):
-        plan.check_groups(tp)
     sizes = product(o.tp, o.batch, o.prompt_len, [o.new_tokens])
-    result = ask(session.site(), config, plans, sizes, o.break_even)
+    result = ask(session.site(), config, session.plans(config, fingerprint), sizes, o.break_even)
     session.publish({"shape": described["name"]} | result, described, tp=result["tp"])
 
 

@@ -167,10 +167,13 @@ CALIBRATION = (
     option("--calibration", "Windows to repair on: the first, which --skip must pass over.", at_least(2), 128),
     option("--repairs", "Folder of repairs: an interrupted run goes on there.", Path, Path("repairs"), aside=True),
 )
-PROMPT = (
+LENGTHS = (
     option("--batch", "Sequences.", at_least(1), 1),
     option("--prompt-len", "Tokens in the prompt.", at_least(1), 128),
     option("--new-tokens", "Tokens decoded to time TPOT; 0 leaves it out.", at_least(0), 16),
+)
+PROMPT = (
+    *LENGTHS,
     option("--link", "Slowest hop and latency of an all-reduce, as in 10GBps,20us or 25Gbit,20us."),
 )
 WHOLE = several(at_least(1))
@@ -181,6 +184,16 @@ SITE = (
     option("--nodes", "Nodes that the GPUs are spread over; left out: the link's, or 1.", at_least(1)),
     option("--link", "What joins them: a name, as nvlink4, a machine's label, or as in 10GBps,20us or 25Gbit,20us."),
     option("--launch-us", "Host time an operator waits for; 0 under CUDA graphs.", at_least(0, float), 0.0),
+)
+TARGET = (
+    option("--target-speedup", "Of a phase, over everything full: the plan that loses least.", at_least(1, float)),
+    option("--max-loss", "Nats a token that may be lost: the fastest plan.", at_least(0, float), metavar="NATS"),
+    option("--phase", "What is to be fast: prefill or decode.", default="prefill"),
+    option("--evaluations", "Neighbours that are measured with --text, beside two for each policy.", at_least(0), 4),
+    option("--beside", "Plan of the other phase: can both use one key/value cache?", Path, metavar="PLAN.json"),
+    option("--model", "Checkpoint that the scores are of; with --text, losses are measured.", metavar="DIR|HUB_ID"),
+    option("--shape", "Or its named shape.", metavar="NAME"),
+    *(*SITE, *LENGTHS),
 )
 PERCENTAGES = option("--percentages", "Of blocks to drop, as in 0,25,50; left out: every number.", percentages)
 SENSITIVITY = option("sensitivity", "What 'sensitivity --out' wrote.", Path, metavar="SENSITIVITY.json")

@@ -167,6 +167,13 @@ class Plan:
         """Numbers of the blocks whose `point` sends nothing between groups."""
         return [i for i, pair in enumerate(self.blocks) if pair[POINTS.index(point)].letter in "DG"]
 
+    def shares_cache(self, other: "Plan") -> bool:
+        """Whether keys and values that one plan computed are those that the other would have.
+
+        A block's are of the stream that its attention reads: every policy before the last block counts, none in it.
+        """
+        return self.blocks[:-1] == other.blocks[:-1]
+
     def syncs(self) -> int:
         """All-reduces of whole values in a forward pass, with the flush due where the last point keeps some pending."""
         last = self.blocks[-1][1] if self.blocks else FULL

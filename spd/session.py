@@ -11,7 +11,10 @@ import sys
 import time
 from argparse import Namespace
 from datetime import UTC, datetime
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from spd import __version__
@@ -157,10 +160,64 @@ class Session:
         if name := HUB_IDS.get(o.model, o.shape):
             config = named_shape(name)
             return config, describe(config, name, f"shape-{name}"), None
-        folder = resolve(o.model, *([] if o.plan else [["config.json"]]))
+        planned = getattr(o, "plan", None) is not None
+        folder = resolve(o.model, *([] if planned else [["config.json"]]))
         config, name = ModelConfig.from_folder(folder), display_name(o.model)
-        fingerprint = Checkpoint(folder).fingerprint() if o.plan else None
+        fingerprint = Checkpoint(folder).fingerprint() if planned else None
         return config, describe(config, name, fingerprint or f"shape-{name}"), fingerprint
+
+    def plans(self, config, fingerprint: str | None) -> list:
+        """Those that `--plan`, `--drop` or `--percent` ask to be timed, each with its percentage where it is one."""
+        from spd.latency import plan_at
+        from spd.plan import Plan
+
+        o = self.options
+        if o.plan or o.drop or o.drop_mlp:
+            if o.percent:
+                raise SPDError("--percent says what is dropped, and so do --plan and --drop: give one of them.")
+            asked = [SimpleNamespace(config=config, tp=tp, fingerprint=fingerprint) for tp in o.tp]
+            return [(Plan.from_document(document), None) for document in map(self.plan_document, asked)][:1]
+        percents = o.percent or ([0.0] if o.bits or o.bits_plain else [70.0])
+        found = [plan_at(config.num_blocks, percent).sending(o.bits, o.bits_plain, o.group) for percent in percents]
+        for plan, tp in product(found, o.tp):
+            plan.check_groups(tp)
+        return list(zip(found, percents, strict=True))
+
+    def plan_for_target(self, scored: dict) -> dict:
+        """The document of a plan for `--target-speedup` or `--max-loss`; with `--text` it is searched and measured."""
+        from spd.evaluate import perplexity
+        from spd.plan import Plan, read_plan
+        from spd.planner import read_sensitivity
+        from spd.targets import Choices, Target, kept
+
+        o = self.options
+        o.tp = scored["tp"]
+        if o.budget is not None:
+            raise SPDError("A budget and a target are two ways to choose a plan: give one of them.")
+        prediction = self.site().prediction(self.shape()[0], o.tp, o.batch, o.prompt_len, o.new_tokens)
+        choices = Choices.of(scored.get("scores"), prediction, o.phase)
+        target = Target(prediction, o.phase, o.target_speedup, o.max_loss)
+        if o.text is None:
+            result = target.promise(target.plan(choices), choices)
+        else:
+            model = self.load()
+            read_sensitivity(o.sensitivity, model.fingerprint)
+            windows = self.windows(model).tokens
+            if len(windows) < 2:
+                raise SPDError("Half of the windows serve the search, the others the measurement: give two or more.")
+
+            def nats(part, plan) -> float:
+                model.plan = plan
+                return perplexity(model.transformer, part)["nats"]
+
+            first, second = (partial(nats, part) for part in windows.split((len(windows) + 1) // 2))
+            plan, most, shares = target.searched(choices, first, o.evaluations)
+            result = target.promise(plan, choices, most)
+            result["measured"] = kept(result, second, prediction.full) | {"of_estimates": shares}
+        if o.beside is not None:
+            other = read_plan(o.beside, scored["model"]["fingerprint"], o.tp).plan
+            result["shares_cache"] = other.shares_cache(Plan.from_document(result))
+        return result
 
     def plan_document(self, model) -> dict:
         """The content of `--plan` (policies, perhaps classes), or the policies of the options that stand for it.
