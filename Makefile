@@ -12,7 +12,7 @@ endif
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export PYTHONPATH := .:experiments:paper_figures:$(PYTHONPATH)
 export PYTHON TORCH_INDEX MODEL TEXT MODELS TPS TEXTS LINKS LINK SHAPE
-.PHONY: help env test fuzz torture audit check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation policies predict budget
+.PHONY: help env test fuzz torture audit check-vllm lint keep figures ledger notebooks tiny-model mlflow-ui clean clean-env sensitivities ablation policies predict budget answers
 #:   PYTHON=...       use this interpreter and make no environment
 #:   ENV_TOOL=...     micromamba, mamba or conda (default: the first one found) or venv (else)
 #:   TORCH_INDEX=URL  an index where pip also looks while the environment is made (CPU builds)
@@ -111,7 +111,7 @@ figures: $(READY)  ## Draw paper_figures again from the committed records
 	$(PYTHON) paper_figures/draw.py
 ledger: $(READY)  ## REPRODUCTION.md: every claim of the paper beside the committed records
 	$(PYTHON) paper_figures/ledger.py experiments/records --out REPRODUCTION.md
-sensitivities ablation policies predict bench-peers bench-links check-prediction bench-gpu budget: $(READY)
+sensitivities ablation policies predict bench-peers bench-links check-prediction bench-gpu budget answers: $(READY)
 	TP=$(TP) sh experiments/measure.sh $@ $(ARGS)
 notebooks: $(READY)  ## Run the notebooks and keep what they show in them
 	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb

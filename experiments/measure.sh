@@ -52,6 +52,10 @@ policies) # What policies lose for their bytes on TEXT (ranked on TEXTS), and ta
   for link in ${LINKS:-1GBps,20us 1GBps,2ms 100MBps,20us}; do
     spd bench $on --plan "$at/dropped" --drop none $drop --bits 4 --new-tokens 4 --repeats 8 --link "$link"
   done ;;
+answers) # What pays on which link: LLaMA2-70B predicted, MODEL scored on TEXT, and what records know of it
+  spd sensitivity --fast --policies drop,int8,int4,int3 --model "${MODEL:-spd-tiny}" --tp "${TP:-8}" --text "${TEXT:-builtin-train}" \
+    --windows 6 --out "$at/sensitivity.json" --records "$at/records"
+  script answers "$at/sensitivity.json" --model "${MODEL:-spd-tiny}" "$@" ;;
 bench-gpu) # On a GPU: 7B with random weights, and rank 0's share of 70B, compiled and as CUDA graphs
   "$PYTHON" -c "import sys, torch; torch.cuda.is_available() or sys.exit('bench-gpu times on a GPU, and torch sees none.')"
   on_gpu="--device cuda --dtype bfloat16 --compile --new-tokens 64 --records $at"

@@ -18,6 +18,7 @@ from spd.report import write
 REPORT = {".": "spd.report"}
 DRAWN_BY = {  # the scripts that draw a folder of records, by the folder below its own that each draws in
     "ablation": {".": "draw_ablation"},
+    "answers": {".": "draw_answers"},
     "budget": {".": "draw_ablation"},
     "calibration": {".": "draw_calibration"},
     "links": {".": "draw_links"},

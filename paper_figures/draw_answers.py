@@ -1,12 +1,10 @@
 """What to leave out on which link: the answer table, and loss against time; records of `answers`."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
 import seaborn as sns
-from draw import run
 from matplotlib.figure import Figure
 
 from spd.report import canvas, finish
@@ -21,7 +19,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 def _shares(letters: str) -> str:
     """How many points have which policy."""
-    return " ".join(f"{count} {letter}" for letter, count in sorted(Counter(letters.replace(" ", "")).items()))
+    return " ".join(f"{count}×{letter}" for letter, count in sorted(Counter(letters.replace(" ", "")).items()))
 
 
 def _predicted(record: Record) -> Table:
@@ -34,7 +32,7 @@ def _predicted(record: Record) -> Table:
     caption = (
         f"{result['shape']} at tp=8, {result['gpu']}, 16 bits, predicted: time, and speedup over everything full."
         f" Planner's mix: the fastest plan estimated to lose {result['nats']} nats a token on SmolLM2, carried over by"
-        " the share of each policy there (D drop, 8, 4, 3 bits, F full; 60 points). Sources of the links: --link help."
+        " the share of each policy there (60 points; D drop, 8, 4, 3 bits, F full). Sources of links: --link help."
     )
     return Table("answers", caption, ordered.reset_index(), [record])
 
@@ -52,8 +50,9 @@ def _lost(record: Record) -> Table:
 def _fronts(record: Record) -> Table:
     result = record["result"]
     caption = (
-        f"Least loss at each time: estimated by scores (lines), measured with nothing repaired (crosses). Above: time to"
-        f" first token of 8 x 2048 tokens; below: time per token of one sequence; {subject(record)}, predicted on"
+        "Least loss at each time: estimated by scores (lines), measured with nothing repaired (crosses). Where few bits"
+        " are not drawn, decoding, they are slower than everything full. Above: time to"
+        f" the first token of 8 x 2048; below: time per token of one sequence; {subject(record)}, predicted on"
         f" {result['gpu']}."
     )
     return Table("fronts", caption, pd.DataFrame(value(record, "result", "fronts")), [record])
@@ -70,15 +69,20 @@ def _panels(table: Table) -> Figure:
     for axes, phase in zip(grid, ("prefill", "decode"), strict=True):
         for ax, link in zip(axes, links, strict=True):
             rows = table.frame.query("link == @link and phase == @phase")
-            for (way, line), look in zip(rows.query("way != 'measured'").groupby("way", sort=False), colours, strict=False):
-                ax.plot(line["ms"], line["nats"].clip(lower=1e-5), color=look, label=way, drawstyle="steps-post")
+            for (way, line), look in zip(
+                rows.query("way != 'measured'").groupby("way", sort=False), colours, strict=False
+            ):
+                ax.plot(
+                    line["ms"],
+                    line["nats"].clip(lower=1e-5),
+                    color=look,
+                    label=way,
+                    drawstyle="steps-post",
+                    linestyle="--" if way == "mixed" else "-",
+                )
             crosses = rows.query("way == 'measured' and nats > 0")
             ax.scatter(crosses["ms"], crosses["nats"], marker="x", color="0.3", s=18, label="measured", zorder=3)
             ax.set(yscale="log", ylim=(1e-5, 10), xlabel="ms", title=link if phase == "prefill" else "")
         axes[0].set_ylabel(f"nats lost a token, {phase}")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(run(tables, figures, __doc__))

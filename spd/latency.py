@@ -175,26 +175,20 @@ def break_even(prediction: Prediction, plan: Plan, link: Link | None) -> list[di
     Each with the other as that link has it, or free. None where no link would do; `0us`, and `any` bandwidth, where
     all would. Time is linear in latency and in seconds a byte, so that both are solved for.
     """
-    free = Link(float("inf"), 0.0) if link is None else link
-    changes = {"below_bandwidth": ({"bandwidth": float("inf")}, {"bandwidth": 1e9})}
-    changes["above_latency"] = ({"latency": 0.0}, {"latency": 1e-6})
-    found = []
-    for kind, gain in ((kind, gain) for kind in TIMES for gain in GAINS):
-        row = {"time": kind, "gain": gain}
-        for what, change in changes.items():
-            over = [replace(prediction, all_reduce=link_all_reduce(replace(free, **c), prediction.tp)) for c in change]
-            lacking, unit = ((1 + gain) * p.time(kind, plan).total - p.time(kind, p.full).total for p in over)
-            units = 0.0 if lacking <= 0 else lacking / (lacking - unit) if unit < lacking else None
-            row[what] = None if units is None else _told(what, units)
-        found.append(row)
+    given, found = link or Link(float("inf"), 0.0), []
+
+    def units(kind: str, gain: float, nothing: Link, one: Link) -> float | None:
+        over = [replace(prediction, all_reduce=link_all_reduce(each, prediction.tp)) for each in (nothing, one)]
+        lacking, then = ((1 + gain) * p.time(kind, plan).total - p.time(kind, p.full).total for p in over)
+        return 0.0 if lacking <= 0 else lacking / (lacking - then) if then < lacking else None
+
+    for kind, gain in product(TIMES, GAINS):
+        seconds = units(kind, gain, replace(given, bandwidth=float("inf")), replace(given, bandwidth=1e9))  # a gigabyte
+        waited = units(kind, gain, replace(given, latency=0.0), replace(given, latency=1e-6))
+        below = None if seconds is None else f"{1 / seconds:.4g}GBps" if seconds else "any"
+        above = None if waited is None else f"{waited:.4g}us"
+        found.append({"time": kind, "gain": gain, "below_bandwidth": below, "above_latency": above})
     return found
-
-
-def _told(what: str, units: float) -> str:
-    """In the form of a link's specification, of seconds a gigabyte or of microseconds."""
-    if what == "above_latency":
-        return f"{units:.4g}us"
-    return f"{1 / units:.4g}GBps" if units else "any"
 
 
 @dataclass(frozen=True)

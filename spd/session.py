@@ -155,9 +155,10 @@ class Session:
         from spd.pretrained import describe, display_name, resolve
 
         o = self.options
-        if (o.model is None) == (o.shape is None):
+        shape = getattr(o, "shape", None)
+        if (o.model is None) == (shape is None):
             raise SPDError("Give either --model (a folder, GGUF file or hub id) or --shape (a name).")
-        if name := HUB_IDS.get(o.model, o.shape):
+        if name := HUB_IDS.get(o.model, shape):
             config = named_shape(name)
             return config, describe(config, name, f"shape-{name}"), None
         planned = getattr(o, "plan", None) is not None
