@@ -4,25 +4,24 @@ Two regimes. `lean`: the operator table without launch time (CUDA graphs) and th
 `paper`: what the paper's own numbers imply, fitted: each link to figure 2's axis, launch time to one claim. That claim
 (19.7 %) is called a speedup in the text and a latency reduction in the abstract, so the fit is made for both readings.
 
-Beside them the latency model is held against a decode benchmark of a 70B made by others, `profiles/decode_70b.csv`.
-Its GPU is not stated, so every unit cost is fitted: on some rows, then the others are predicted. A row is tokens a
-second of whole runs: prefill and decoding, divided by the new tokens (the source's benchmark times both together).
+Beside them the latency model is held against a decode benchmark of a 70B made by others, `profiles/decode_70b.csv`,
+whose GPU is not stated: tokens a second of whole runs, prefill and decoding together.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 
 from reference import reference
 
-from spd.calibrate import LATENCY, RING_BYTE, Calibration, Observation, errors, fit, of_link, worst
+from spd.calibrate import profile_decoding
 from spd.cli import main
 from spd.comm import Link
 from spd.config import SHAPES
 from spd.errors import SPDError
 from spd.latency import Prediction, plan_at
 from spd.links import AllReduce, all_reduce_table, link_all_reduce, measured_all_reduce, ring_bytes
-from spd.machines import Pass, Work, gpu, read_profile, timed_passes
+from spd.machines import Pass, gpu, read_profile
 from spd.options import command
 
 PAPER = reference()
@@ -31,74 +30,20 @@ GPU = "a100"
 LEAN = "lean"
 READINGS = ("reduction", "speedup")  # of the claim that the launch time is fitted to
 HEAT_POINTS, HEAT_PERCENT, HEAT_SHAPE = 41, 70, "llama2-70b"  # points: a side of the heat map
-DECODED, PROMPT, NEW = "llama3.1-70b", 1024, 512  # the benchmark's script: 1024 tokens in, 512 out
-SPLITS: dict[str, Callable[[dict], bool]] = {  # which rows are predicted, not fitted
-    "batch 16 held out": lambda label: label["batch"] == 16,
-    "batch 64 held out": lambda label: label["batch"] == 64,
-}
-
-
-def observations() -> list[Observation]:
-    """One a row of the decode benchmark: seconds of a step of the whole batch, and the mean work of one."""
-    found, config = [], SHAPES[DECODED]
-    for row in read_profile("decode_70b"):
-        batch, tp, link = int(row["batch"]), int(row["tp"]), f"P2P {row['p2p']}"
-        prefill, decode = timed_passes(config, tp, batch, PROMPT, NEW, 2).values()
-        syncs = 2 * config.num_blocks * (row["variant"] == "standard")
-        moved = syncs * (ring_bytes(prefill.payload, tp) + (NEW - 1) * ring_bytes(decode.payload, tp)) / NEW
-        work = (_work(prefill) + _work(decode) * (NEW - 1)) * (1 / NEW)
-        label = {"variant": row["variant"], "p2p": row["p2p"], "batch": batch, "tp": tp}
-        counts = work._asdict() | {(LATENCY, link, tp): syncs, (RING_BYTE, link): moved}
-        found.append(Observation(label, counts, batch / float(row["tokens_per_s"])))
-    return found
-
-
-def _work(a_pass: Pass) -> Work:
-    """Of a pass in the source's engine, where every GPU computes the whole head and no logits are gathered."""
-    part, whole = (replace(a_pass, tp=tp).ends()[-1].work for tp in (a_pass.tp, 1))
-    return a_pass.work() + whole + part * -1
 
 
 def decode_check() -> dict:
-    """Errors of every split and of each row predicted from all others, and what was fitted to all rows."""
-    rows = observations()
-    checks = {name: _split(rows, [o for o in rows if held(o.label)]) for name, held in SPLITS.items()}
-    alone = [_split(rows, [row])["predicted"][0] for row in rows]
-    checks["each row held out in turn"] = _summary([], alone)
-    return {"checks": checks, "costs": describe(fit(rows)), "rows": len(rows)}
+    """What `spd profile` makes of the decode benchmark: costs fitted to all of it, and errors.
 
-
-def _split(rows: list[Observation], held_out: list[Observation]) -> dict:
-    kept = [row for row in rows if row not in held_out]
-    calibration = fit(kept)
-    return _summary(errors(calibration, kept), errors(calibration, held_out))
-
-
-def _summary(fitted: list[dict], predicted: list[dict]) -> dict:
-    found = {"fitted": fitted, "predicted": predicted, "worst_fitted": worst(fitted)}
-    mean = sum(abs(row["error"]) for row in predicted) / len(predicted)
-    return {**found, "worst_predicted": worst(predicted), "mean_predicted": mean}
-
-
-def describe(calibration: Calibration) -> dict:
-    """Fitted costs in the units people know: bandwidths, rates, latencies; None where the fit found the work free."""
-
-    def per_second(cost: float, unit: float) -> float | None:
-        return unit / cost if cost else None
-
-    links = {}
-    for name in sorted(unit[1] for unit in calibration if unit[0] == RING_BYTE):
-        latencies, byte = of_link(calibration, name)
-        microseconds = {str(tp): 1e6 * seconds for tp, seconds in latencies.items()}
-        links[name] = {"latency_us": microseconds, "ring_gb_per_s": per_second(byte, 1e-9)}
-    byte = calibration["weight_byte"]
-    return {
-        "operator_us": 1e6 * calibration["operator"],
-        "matrix_tflops": per_second(calibration["flop"], 1e-12),
-        "matrix_vector_tb_per_s": per_second(byte, 1e-12),
-        "matrix_matrix_tb_per_s": per_second(byte + calibration["batched_weight_byte"], 1e-12),
-        "links": links,
-    }
+    `left_out` are those of each degree and batch, predicted from all others.
+    """
+    sizes = {"model": "llama2-70b", "prompt_len": 1024, "new_tokens": 512}  # those of the benchmark's script
+    rows = []
+    for row in read_profile("decode_70b"):
+        syncs, link = 2 * (row["variant"] == "standard"), f"P2P {row['p2p']}"
+        timed = {"tp": int(row["tp"]), "batch": int(row["batch"]), "tokens_per_s": float(row["tokens_per_s"])}
+        rows.append(sizes | timed | {"link": link, "syncs_per_block": syncs})
+    return profile_decoding(rows, "decode_70b")
 
 
 def least_latency(setting: str) -> float:

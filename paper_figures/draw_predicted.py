@@ -21,12 +21,6 @@ PARTS = {"matrix products": COLOURS[0], "attention": COLOURS[2], "pointwise": CO
 REDUCTION = "paper, as reduction"
 OUTLINE = withStroke(linewidth=1.8, foreground="0.2")  # of white words that cross white lines
 WIDTH = 9.6
-DECODE_COSTS = {
-    "launch and gaps": ("operator_us", "µs an operator"),
-    "matrix rate": ("matrix_tflops", "TFLOPS"),
-    "weights, matrix-vector": ("matrix_vector_tb_per_s", "TB/s"),
-    "weights, matrix-matrix": ("matrix_matrix_tb_per_s", "TB/s"),
-}
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
@@ -237,13 +231,6 @@ def _fits(record: Record) -> Table:
         block = fits["launch_ms_a_block"][reading]
         rows.append({"fitted": f"launch, claim as {reading}", "unit": "µs an operator", "value": launch,
                      "to": f"{_equality(record)}; {block:.2f} ms a block"})  # fmt: skip
-    described = value(record, "result", "decode_check", "costs")
-    for words, (key, unit) in DECODE_COSTS.items():
-        rows.append({"fitted": f"decode: {words}", "unit": unit, "value": described[key], "to": "all its rows"})
-    for name, link in described["links"].items():
-        latencies = ", ".join(f"{us:.0f} (tp={tp})" for tp, us in link["latency_us"].items())
-        rows.append({"fitted": f"decode: ring, {name}", "unit": "GB/s", "value": link["ring_gb_per_s"],
-                     "to": f"all its rows; latency in µs: {latencies}"})  # fmt: skip
     columns = ["fitted", "value", "unit", "if_axis_full", "stated", "to"]
     caption = "What was fitted, and to what; if_axis_full: had figure 2's bars reached the end of their axes."
     return Table("predicted-fits", caption, pd.DataFrame(rows, columns=columns), [record])
@@ -256,15 +243,12 @@ def _equality(record: Record) -> str:
 
 
 def _decode_errors(record: Record) -> Table:
-    checks = value(record, "result", "decode_check", "checks")
-    keys = ["variant", "p2p", "batch", "tp"]
-    frame = pd.DataFrame(checks["each row held out in turn"]["predicted"])
-    for name, check in checks.items():
-        if check["fitted"]:
-            errors = pd.DataFrame(check["predicted"])[[*keys, "error"]].rename(columns={"error": name})
-            frame = frame.merge(errors, how="left", on=keys)
-    parts = [f"{name}: worst {c['worst_predicted']:.1%}, mean {c['mean_predicted']:.1%}" for name, c in checks.items()]
+    check = value(record, "result", "decode_check")
+    worst, median = (check[f"{which}_error"]["left_out"] for which in ("worst", "median"))
+    columns = ["link", "plan", "batch", "tp", "measured_ms", "predicted_ms", "error"]
     caption = (
-        f"Time a step of the decode benchmark; error of predictions of rows that were not fitted. {'; '.join(parts)}."
+        "Time a token of the decode benchmark (measured by others, GPU not stated), each degree and batch predicted by"
+        f" `spd profile` from all others: worst error {worst:.1%}, median {median:.1%}; speedups off by"
+        f" {check['speedup_points']['left_out']:.1f} percentage points at most."
     )
-    return Table("predicted-decode", caption, frame, [record])
+    return Table("predicted-decode", caption, pd.DataFrame(check["errors"]["left_out"])[columns], [record])
