@@ -1,8 +1,8 @@
 """The library stays one that a person reads: its bounds, each raised only by a commit whose capability pays for it.
 
 They are lowered whenever there is less. 7,443 lines were left when features began again (5,000 are what is aimed at,
-and 2,100 of scripts); since then any degree, families and GGUF files may add 450, policies of sync points 400, links
-and machines 350, the GPU path 200, hardening 150, the vLLM plug-in 120.
+and 2,100 of scripts); since then any degree, families and GGUF files, policies of sync points and repairs for them,
+links, predictions of any plan and plans for a target, the GPU path, hardening and the vLLM plug-in have added the rest.
 """
 
 import ast
@@ -22,13 +22,13 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 9700 and len(LIBRARY) <= 46
-    assert lines(*SCRIPTS) <= 3600
+    assert lines(*LIBRARY) <= 9680 and len(LIBRARY) <= 45
+    assert lines(*SCRIPTS) <= 3399
 
 
 def test_makefile_and_readme():
     assert lines(ROOT / "Makefile") <= 128  # 110, and what the targets of vLLM, hardening and SmolLM2 take
-    assert lines(ROOT / "README.md") <= 260
+    assert lines(ROOT / "README.md") <= 264
 
 
 @pytest.mark.parametrize("file", [*LIBRARY, *(f for f in SCRIPTS if f.suffix == ".py")], ids=lambda f: f.stem)
