@@ -9,7 +9,6 @@ import torch
 from conftest import hf_config, with_tokenizer
 from oracle import spd_logits
 from safetensors.torch import load_file, save_file
-from test_cli import spd  # noqa: F401
 from transformers import (
     AutoModelForCausalLM,
     MistralConfig,
@@ -149,7 +148,7 @@ def test_spd_on_opt_is_the_papers_equation(families, tp):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_the_command_gives_transformers_loss(families, family, spd, text_of_words):  # noqa: F811
+def test_the_command_gives_transformers_loss(families, family, spd, text_of_words):
     folder, reference = families(family)
     code, result, err = spd("eval", "--model", folder, "--tp", 4, "--text", text_of_words, "--seq-len", 20)
     assert code == 0, err
@@ -263,7 +262,7 @@ def test_free_places_of_opt_stay_zero(families, tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_sliding_window_never_slides(families, spd, text_of_words, tmp_path):  # noqa: F811
+def test_a_sliding_window_never_slides(families, spd, text_of_words, tmp_path):
     folder, reference = families("mistral")
     model = SPDModel.from_pretrained(folder)
     assert model.config.max_positions == model.config.sliding_window == 48

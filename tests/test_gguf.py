@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
-from test_cli import spd  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spd import SPDModel, pretrained
@@ -149,7 +148,7 @@ def test_a_cache_that_cannot_be_written_is_said(file, cache):
         resolve(file[0])
 
 
-def test_the_command_takes_it(spd, file, tmp_path):  # noqa: F811
+def test_the_command_takes_it(spd, file, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("!#%'" * 100)
     code, result, err = spd("eval", "--model", file[0], "--tp", "3", "--text", text, "--seq-len", "16")
