@@ -74,6 +74,7 @@ READERS = {  # file, or command whose words are exchanged -> what reads it
     "machine.json": [*PREDICT, "--machine", "machine.json", "--link", "fast"],
     "benches/0.json": ["profile", "benches"],
     **{f"records/{name}.json": ["report", f"records/{name}.json"] for name in RECORDS},
+    "records/distill.json": ["report", "records"],  # alone it is nothing to draw
     "the words of eval": [*EVAL, "--skip", "1", "--drop", "1", "--bits", "8", "--group", "2"],
     "the words of plan": [*PLAN, "--tau1", "0.1", "--tau2", "1"],
     "the words of sweep": [*SWEEP, "--strategies", "zs", "--bits-plain", "4", "--tau1", "0.1"],
