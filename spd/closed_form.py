@@ -30,7 +30,7 @@ from spd.layout import balanced_assignment, permute_neurons
 from spd.least_squares import best_ridge, conjugate_gradients
 from spd.model import Attention, Block, shard_linear
 
-PLACEMENT_TOKENS = 4096  # on which neurons are compared
+PLACEMENT_TOKENS = 16_384  # on which neurons are compared; rare inputs, as of first tokens, decide some
 JOINT_FEATURES = 16_384  # up to so many features of all shards one Gram matrix is formed, in one process
 SWEEPS = 30  # over the data, where the shards' solutions are reconciled instead
 
