@@ -493,7 +493,7 @@ def test_a_result_counts_only_after_its_record(spd, common, tmp_path, monkeypatc
     [
         (["--recipe", "magic"], "Unknown recipe"),
         (["--recipe", "paper", "--epochs", "-1"], "must not be negative"),
-        (["--recipe", "best", "--drop-mlp", "1"], "closed form"),
+        (["--recipe", "closed-form", "--drop-mlp", "1"], "closed form"),
         (["--recipe", "zs", "--windows", "1"], "held-out"),
         (["--recipe", "paper", "--strategy", "all"], "Unknown strategy 'all'; known: zs, b2b, b2b+hg"),
     ],
@@ -595,7 +595,7 @@ def test_what_is_missing_is_listed(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode != 0 and not run.stdout
     lines = run.stderr.strip().splitlines()
-    assert lines[0] == "Missing:" and len(lines) == 4
+    assert lines[0] == "Missing (FORCE=1 goes on all the same):" and len(lines) == 4
     for line, words in zip(lines[1:], ("tp=17 is impossible", "no text none.txt", "no rows of piqa"), strict=True):
         assert words in line
 
