@@ -46,8 +46,9 @@ def predicted(scores: dict) -> Iterator[dict]:
         made, kind = Site(GPU, link=name).prediction(config, TP, batch, prompt, NEW), PHASES[phase]
         choices = Choices.of(scores, replace(made, config=scored), phase)
         mix = choices.best(nats=NATS)
-        ways = {"all full": made.full, "SPD 50 %": plan_at(80, 50), "SPD 90 %": plan_at(80, 90)}
-        ways |= {"4 bits kept": made.full.sending(bits=4), "planner's mix": carried(mix, 80), "no communication": None}
+        ways = {"all full": made.full} | {f"SPD {share} %": plan_at(len(made.full), share) for share in (50, 90)}
+        ways |= {"4 bits kept": made.full.sending(bits=4), "planner's mix": carried(mix, len(made.full))}
+        ways["no communication"] = None
         for way, plan in ways.items():
             found = {"mix": str(mix), "estimated": choices.loss(mix)} if way == "planner's mix" else {}
             found |= made.time(kind, plan).against(made.time(kind, made.full))

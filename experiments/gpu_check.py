@@ -105,9 +105,8 @@ class Check:
         ]
         if None in peaks:
             return {"ok": None}
-        block = (config.parameters() - 2 * config.vocab_size * config.hidden_size) / config.num_blocks
         more = peaks[1]["peak_bytes"] - peaks[0]["peak_bytes"]
-        return {"peaks": peaks, "ok": more < LEFT_BEHIND * 4 * block}
+        return {"peaks": peaks, "ok": more < LEFT_BEHIND * 4 * config.block_parameters()}
 
     def long_prompt(self) -> dict:
         """Tokens of both engines past the end of the rotary table that the prompt needs; float32."""

@@ -50,7 +50,7 @@ class Repairs:
 
     def __init__(self, folder: Path, arguments: dict, is_main: bool, shards: Shards):
         """Raises SPDError where the folder holds the work of other `arguments`, or another process is at work there."""
-        self.lock = claim(folder) if is_main and not ended(folder) else None
+        self.lock = claim(folder) if is_main and not ended(folder) else None  # it may end before: looked at again below
         self.folder, self.is_main, self.shards = folder, is_main, shards
         now = json.loads(json.dumps(arguments))
         self.state = {"arguments": now, "seconds": 0.0, "stages": {}, "files": {}, "epoch": None}

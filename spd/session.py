@@ -177,7 +177,8 @@ class Session:
             if o.percent:
                 raise SPDError("--percent says what is dropped, and so do --plan and --drop: give one of them.")
             asked = [SimpleNamespace(config=config, tp=tp, fingerprint=fingerprint) for tp in o.tp]
-            return [(Plan.from_document(document), None) for document in map(self.plan_document, asked)][:1]
+            first, *_ = map(self.plan_document, asked)  # each degree is checked
+            return [(Plan.from_document(first), None)]
         percents = o.percent or ([0.0] if o.bits or o.bits_plain else [70.0])
         found = [plan_at(config.num_blocks, percent).sending(o.bits, o.bits_plain, o.group) for percent in percents]
         for plan, tp in product(found, o.tp):

@@ -28,8 +28,6 @@ ZERO_SHOT = "zs"
 BY_CLASS = {ZERO_SHOT: {}, "b2b": {"SB": "b2b", "ESB": "b2b"}, "b2b+hg": {"SB": "b2b", "ESB": "b2b+hg"}}
 BY_PLAN = ("closed-form", "best")  # each of these recipes repairs a block for those dropped before it
 STRATEGIES = (*BY_CLASS, *BY_PLAN)
-
-
 Strategies = Mapping[str, list[float] | None]  # recipe -> percentages of its own, where it has some
 
 

@@ -152,8 +152,8 @@ class Target:
     def promise(self, plan: Plan, choices: Choices, nats: float | None = None) -> dict:
         """A plan's document, as `make_plan` has it, with the times and the loss that it promises: the estimated one."""
         made, full, dropped = self.prediction, self.prediction.full, plan.dropped()
-        nats = nats or self.nats or choices.loss(plan)
-        promise = {"phase": self.phase, "loss_nats": nats, "estimated_nats": choices.loss(plan)}
+        estimated = choices.loss(plan)
+        promise = {"phase": self.phase, "loss_nats": nats or self.nats or estimated, "estimated_nats": estimated}
         promise |= {kind: made.time(kind, plan).against(made.time(kind, full)) for kind in TIMES}
         promise |= {name: getattr(made, name) for name in ("batch", "prompt_len", "new_tokens")}
         return {
