@@ -31,8 +31,8 @@ def _predicted(record: Record) -> Table:
     ordered = wide.loc[[*dict.fromkeys(zip(rows["link"], rows["way"], strict=True))], [*rows["asked"].unique()]]
     caption = (
         f"{result['shape']} at tp=8, {result['gpu']}, 16 bits, predicted: time, and speedup over everything full."
-        f" Planner's mix: the fastest plan estimated to lose {result['nats']} nats a token on SmolLM2, carried over by"
-        " the share of each policy there (60 points; D drop, 8, 4, 3 bits, F full). Sources of links: --link help."
+        f" Planner's mix: the fastest plan estimated to lose {result['nats']} nats a token on {subject(record)},"
+        " carried over by the share of each policy there (D drop, 8, 4, 3 bits, F full). Sources of links: --link help."
     )
     return Table("answers", caption, ordered.reset_index(), [record])
 
