@@ -208,7 +208,7 @@ class Shards:
         again = second.values()
         with self._counted(*half):
             total = again if self.world == 1 else self._to_all(second)
-        errors = slices - sent
+        errors = torch.sub(slices, sent, out=sent)
         errors[mine].diagonal().add_((sums - again).movedim(0, -1))
         total, errors = (part.movedim(0, -2).flatten(-2)[..., :size].to(owed.dtype) for part in (total, errors))
         return total, errors
@@ -217,12 +217,12 @@ class Shards:
         """Values (S, tp, B, T, width) of the slices owned here from those of all (tp, S, B, T, width), sent packed."""
         packed = slices.pack().unflatten(0, (self.world, self.k)).contiguous()
         received = self.transport.exchange(packed).movedim(1, 0).flatten(1, 2)
-        return Rounded.unpack(received, slices.codes.shape[-1], slices.bits).values()
+        return Rounded.unpack(received, slices.steps.shape[-1], slices.bits).values()
 
     def _to_all(self, owned: Rounded) -> torch.Tensor:
         """Values (tp, B, T, width) of all slices from the owned ones (S, B, T, width), sent packed."""
         packed = torch.cat(self.transport.all_gather(owned.pack()))
-        return Rounded.unpack(packed, owned.codes.shape[-1], owned.bits).values()
+        return Rounded.unpack(packed, owned.steps.shape[-1], owned.bits).values()
 
     def group_sum(self, tensor: torch.Tensor, size: int, point: str) -> torch.Tensor:
         """Sums (S, B, T, D) inside groups of `size` consecutive shards, for each of the shards hosted here.

@@ -125,34 +125,32 @@ def packed_bytes(size: int, bits: int) -> int:
 class Rounded(NamedTuple):
     """Values (..., n), each rounded to the nearest of 2^bits - 1 numbers, evenly spaced around zero, of its block."""
 
-    codes: Tensor  # (..., n) uint8: how many steps above the least
+    steps: Tensor  # (..., n) int8: how many of its block's scales
     scales: Tensor  # (..., ceil(n / 32)) float16: a step of each block, max|x| / (2^(bits - 1) - 1)
     bits: int
 
     @classmethod
     def of(cls, x: Tensor, bits: int) -> Self:
         """A block that is zero, or so small that float16 has no scale for it, rounds to zero."""
-        size, most = x.shape[-1], 2 ** (bits - 1) - 1
-        blocks = F.pad(x, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK)).float()
-        largest = torch.finfo(torch.float16).max
-        scales = (blocks.abs().amax(-1) / most).clamp(max=largest).half()
-        steps = torch.where(scales[..., None] > 0, blocks / scales[..., None].float(), 0)
-        codes = steps.round_().clamp_(-most, most).add_(most).to(torch.uint8)
-        return cls(codes.flatten(-2)[..., :size], scales, bits)
+        most, blocks = 2 ** (bits - 1) - 1, _in_blocks(x).float()
+        scales = (blocks.abs().amax(-1) / most).clamp(max=torch.finfo(torch.float16).max).half()
+        divisors = scales.float().masked_fill(scales == 0, torch.inf)
+        steps = (blocks / divisors[..., None]).round_().clamp_(-most, most).to(torch.int8)
+        return cls(steps.flatten(-2)[..., : x.shape[-1]], scales, bits)
 
     def values(self) -> Tensor:
         """(..., n) in float32."""
-        size, most = self.codes.shape[-1], 2 ** (self.bits - 1) - 1
-        steps = F.pad(self.codes, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK)).float() - most
-        return (steps * self.scales[..., None]).flatten(-2)[..., :size]
+        found = _in_blocks(self.steps).float().mul_(self.scales.float()[..., None])
+        return found.flatten(-2)[..., : self.steps.shape[-1]]
 
     def pack(self) -> Tensor:
-        """(..., `packed_bytes`) uint8: codes, then scales."""
-        codes, parts, taken = F.pad(self.codes, (0, -self.codes.shape[-1] % TOGETHER)), [], 0
+        """(..., `packed_bytes`) uint8: codes, which are steps above the least, then scales."""
+        codes, parts, taken = _filled(self.steps, TOGETHER) + (2 ** (self.bits - 1) - 1), [], 0
         for width in FIELDS[self.bits]:
-            part = (codes >> taken & (2**width - 1)).unflatten(-1, (8 // width, -1))
-            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
-            parts.append((part << shifts[:, None]).sum(-2, dtype=torch.uint8))
+            first, *others = (codes.view(torch.uint8) >> taken & (2**width - 1)).chunk(8 // width, dim=-1)
+            for place, other in enumerate(others, 1):
+                first |= other << width * place
+            parts.append(first)
             taken += width
         return torch.cat((*parts, self.scales.contiguous().view(torch.uint8)), dim=-1)
 
@@ -161,9 +159,19 @@ class Rounded(NamedTuple):
         """What `pack` gave, of `size` values each."""
         together = -(-size // TOGETHER)
         *parts, scales = packed.split([*(together * width for width in FIELDS[bits]), 2 * -(-size // BLOCK)], dim=-1)
-        codes, taken = torch.zeros((), dtype=torch.uint8, device=packed.device), 0
+        codes, taken = 0, 0
         for width, part in zip(FIELDS[bits], parts, strict=True):
-            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-            codes = codes | ((part[..., None, :] >> shifts[:, None] & (2**width - 1)) << taken).flatten(-2)
-            taken += width
-        return cls(codes[..., :size], scales.contiguous().view(torch.float16), bits)
+            found = torch.cat([part >> place & (2**width - 1) for place in range(0, 8, width)], dim=-1)
+            codes, taken = codes | found << taken, taken + width
+        steps = codes.sub_(2 ** (bits - 1) - 1).view(torch.int8)
+        return cls(steps[..., :size], scales.contiguous().view(torch.float16), bits)
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """With zeros at the end of its last dimension, so that `size` divides it; not copied where it does."""
+    return F.pad(x, (0, -x.shape[-1] % size)) if x.shape[-1] % size else x
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """(..., n) as (..., ceil(n / 32), 32)."""
+    return _filled(x, BLOCK).unflatten(-1, (-1, BLOCK))

@@ -64,7 +64,7 @@ def test_what_is_packed_is_unpacked_and_counted(bits, size):
     packed = rounded.pack()
     assert packed.dtype == torch.uint8 and packed.shape[-1] == packed_bytes(size, bits)
     again = Rounded.unpack(packed, size, bits)
-    assert torch.equal(again.codes, rounded.codes) and torch.equal(again.scales, rounded.scales)
+    assert torch.equal(again.steps, rounded.steps) and torch.equal(again.scales, rounded.scales)
     if size == 192:
         assert packed_bytes(size, bits) == 192 * bits // 8 + 2 * 6
 
