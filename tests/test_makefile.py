@@ -77,8 +77,9 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-PYTEST = ".conda/bin/python -m pytest"
-PYTEST_IN_VENV = ".venv/bin/python -m pytest"
+WORKERS = " --numprocesses 2 --dist worksteal"
+PYTEST = f".conda/bin/python -m pytest{WORKERS}"
+PYTEST_IN_VENV = f".venv/bin/python -m pytest{WORKERS}"
 VENV = ["python3 -m venv .venv", ".venv/bin/python -m pip install --no-input --editable ."]
 
 
@@ -190,7 +191,7 @@ def test_an_interpreter_that_the_user_names_is_used_as_it_is(checkout):
     checkout.install("micromamba", "my-python")
     for given in ({"arguments": ["test", "PYTHON=my-python"]}, {"arguments": ["test"], "PYTHON": "my-python"}):
         checkout.make(*given.pop("arguments"), **given)
-        assert checkout.calls == ["my-python -m pytest"]
+        assert checkout.calls == [f"my-python -m pytest{WORKERS}"]
     assert not list(checkout.folder.glob(".[vc]*"))
 
 
