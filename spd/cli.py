@@ -153,8 +153,9 @@ def sweep(session: Session) -> None:
     repairer = Repairer(load, identity_of(model), learnt, o.repairs, copies, session.progress)
     paper = {"epochs": o.epochs, "learning_rate": o.learning_rate}
     recipes = sweep_recipes(paper, {"joint_epochs": o.joint_epochs, "generated": o.generated}, o.seed, o.matmul)
+    same = session.question_without("percentages", "strategies")
     if accuracy is not None:
-        accuracy.compare_with(model)
+        accuracy.compare_with(model, o.repairs / f"answers-{same}.json")
     del model  # the curve reads it afresh for repairs, and two do not fit where one hardly does
 
     def evaluate(model) -> dict:
@@ -162,11 +163,10 @@ def sweep(session: Session) -> None:
         scores = accuracy(model) if accuracy is not None else {}
         return {"perplexity": found["perplexity"], "nats": found["nats"]} | scores
 
-    kept = o.repairs / f"points-{session.question_without('percentages', 'strategies')}.json"
     with session.progress(len(points_of(strategies, measured, o.percentages)), "points") as progress:
         sent = (o.bits, o.bits_plain, o.group)
         sweep = Sweep(measured, repairer, recipes, *taus, session.load, sent)
-        found = sweep.curve(strategies, o.percentages, evaluate, progress, kept)
+        found = sweep.curve(strategies, o.percentages, evaluate, progress, o.repairs / f"points-{same}.json")
     result = {"curve": found, "tokens": data.tokens[:, 1:].numel(), "windows": len(data.tokens)}
     session.publish(result, described, data.describe())
 

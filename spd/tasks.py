@@ -22,7 +22,8 @@ from spd.errors import SPDError, one_of, reading
 from spd.harness import SpdLM
 from spd.plan import Plan
 from spd.pretrained import SPDModel
-from spd.records import regular
+from spd.records import regular, write_json
+from spd.repairs import read_json
 from spd.tiny import tasks as tiny
 
 HARNESS = Path(lm_eval.tasks.__file__).parent
@@ -171,12 +172,17 @@ class Accuracy:
         self.tasks, self.limit, self._harness = tasks, limit, harness
         self._full: tuple[Answers, int] | None = None
 
-    def compare_with(self, model: SPDModel) -> None:
+    def compare_with(self, model: SPDModel, kept: Path | None = None) -> None:
         """From now on each model is compared with this one, as it was read and with nothing dropped.
 
-        It is not run again for a plan that drops nothing: repairs belong to dropped blocks.
+        It is not run again for a plan that drops nothing: repairs belong to dropped blocks. Nor where its answers are
+        `kept` in a file, whose name must say all that they depend on.
         """
-        self._full = self._answers(model)
+        self._full = kept and read_json(kept, tuple[Answers, int])
+        if self._full is None:
+            self._full = self._answers(model)
+            if kept and self._harness["is_main"]:
+                write_json(kept, self._full)
 
     def __call__(self, model: SPDModel) -> dict:
         known = self._full if model.plan == Plan.full(model.config.num_blocks) else None

@@ -553,6 +553,11 @@ def test_eval_and_sweep_of_tasks(spd, common, tmp_path):
     none, whole = sweep["curve"]
     assert none["average"]["compared"] | {"p": 1.0, "lost": 0, "gained": 0} == none["average"]["compared"]
     assert whole["tasks"] == result["tasks"] and whole["perplexity"]
+    (kept,) = Path("repairs").glob("answers-*.json")
+    answers, truncated = json.loads(kept.read_text())
+    kept.write_text(json.dumps([answers | {"lambada_openai": {"acc": [1.0, 0.0]}}, truncated]))
+    again = spd("sweep", "s.json", *common, *options, "--percentages", "67")[1]["curve"][0]
+    assert again["tasks"]["lambada_openai"]["compared"]["acc_full"] == 0.5  # as kept: the full model is asked once
     for wrong, words in (
         (["eval", *model], "There is nothing to evaluate: give --text, --tasks or both."),
         (["eval", *model, "--tasks", "riddles"], "Unknown task 'riddles'; known: arc_easy"),
