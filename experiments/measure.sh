@@ -46,7 +46,7 @@ END
 policies) # What policies lose for their bytes on TEXT (ranked on TEXTS), and take between two processes over LINKS
   on="--model ${MODEL:-spd-tiny} --tp ${TP:-8} --windows 8 $*"
   spd sensitivity --fast $on --text "${TEXTS:-builtin-train}" --out "$at/sensitivity.json" --records "$at/records"
-  script policies "$at/sensitivity.json" $on --text "${TEXT:-builtin}" --percentages 50,70,90
+  script policies "$at/sensitivity.json" $on --text "${TEXT:-builtin}" --percentages 50,70,90,100
   drop="--drop ${DROP:-0-5}" on="--model ${MODEL:-spd-tiny} --tp 2 --records $at/records"
   spd distill $on $drop --text builtin --seq-len 32 --windows 2 --recipe zs --out "$at/dropped"
   for link in ${LINKS:-1GBps,20us 1GBps,2ms 100MBps,20us}; do

@@ -79,6 +79,7 @@ def cases(full: Plan, dropping: list[Plan]) -> Iterator[tuple[str, Plan, Callabl
     for plan in dropping:
         yield f"{len(plan.dropped())} dropped", plan, nullcontext
         yield f"{len(plan.dropped())} dropped, 4 bits, kept", plan.sending(4), nullcontext
+    yield "all MLPs' dropped", Plan.dropping(len(full), (), range(len(full))), nullcontext
 
 
 @command(SENSITIVITY, *MODEL, *TEXT, PERCENTAGES)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -58,19 +59,44 @@ def figures(records: Sequence[Record]) -> dict[str, Figure]:
 
 
 def _against_bytes(table: Table) -> Figure:
-    figure = canvas(8.4, 6.4)
+    figure = canvas(9.0, 6.8)
     ax, frame = figure.subplots(), table.frame
-    kind = frame["policy"].str.extract("(lost|dropped, 4 bits|dropped|kept)")[0].fillna("full")
+    kind = frame["policy"].str.extract("(lost|dropped, 4 bits|dropped|kept, .+|kept)")[0].fillna("full")
+    kind = kind.replace(r"kept, .+", "kept, rounded otherwise", regex=True)
     sns.scatterplot(frame, x="bytes %", y="loss (nats)", hue=kind, style=kind, palette="colorblind", s=60, ax=ax)
-    for name, sent, lost in zip(frame["policy"], frame["bytes %"], frame["loss (nats)"], strict=True):
-        ax.annotate(name, (sent, lost), (5, 3), textcoords="offset points", fontsize=6)
-    ax.set(xscale="log", xlabel="bytes sent (% of 16-bit values at every point)")
-    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set(xscale="log", xlabel="bytes sent (% of 16-bit values at every point)", xlim=(12.5, 130))
+    ax.set_yscale("symlog", linthresh=0.01, linscale=0.5)
+    ax.set_ylim(-0.001, 2 * frame["loss (nats)"].max())
     ax.xaxis.set_major_locator(FixedLocator([15, 20, 25, 30, 40, 50, 60, 75, 100]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(plain)
+    ax.yaxis.set_major_formatter(plain)
     ax.get_legend().set_title(None)
+    _label(ax, frame)
     return figure
+
+
+def _label(ax: Axes, frame: pd.DataFrame) -> None:
+    """Each point's name to its right or left, as near as it lies on no other name or point."""
+    ax.figure.canvas.draw()  # that points have places
+    points = ax.transData.transform(frame[["bytes %", "loss (nats)"]]) * 72 / ax.figure.dpi
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for (x, y), name in sorted(zip(points.tolist(), frame["policy"], strict=True), key=lambda one: one[0][1]):
+        width = 2.9 * len(name)
+        sides = [(left, up) for up in (0, 8, -8, 16, -16, 24, -24, 32) for left in (6, -6 - width)]
+        boxes = [(x + left, y + up - 3, x + left + width, y + up + 4) for left, up in sides]
+        free = [i for i, box in enumerate(boxes) if not any(_overlap(box, other) for other in taken)]
+        (left, up), box = next(((sides[i], boxes[i]) for i in free), (sides[0], boxes[0]))
+        taken.append(box)
+        at = ax.transData.inverted().transform([x * ax.figure.dpi / 72, y * ax.figure.dpi / 72])
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5} if up else None
+        side = {"ha": "left", "xytext": (6, up - 2)} if left > 0 else {"ha": "right", "xytext": (-6, up - 2)}
+        ax.annotate(name, at, textcoords="offset points", fontsize=6, arrowprops=line, **side)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Of boxes, each left, bottom, right, top."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _bars(table: Table) -> Figure:

@@ -22,8 +22,8 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 9687 and len(LIBRARY) <= 45
-    assert lines(*SCRIPTS) <= 3399
+    assert lines(*LIBRARY) <= 9693 and len(LIBRARY) <= 45
+    assert lines(*SCRIPTS) <= 3426
 
 
 def test_makefile_and_readme():
