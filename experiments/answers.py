@@ -72,15 +72,31 @@ def fronts(scores: dict, config: ModelConfig, tp: int, measured: list[dict]) -> 
 
 
 def measured(records: list[dict], fingerprint: str, tp: int) -> list[dict]:
-    """Losses of a model's plans, in nats over full on the same windows: of `sweep`, `policies` and `eval` records."""
+    """Losses of a model's plans, in nats over full on the same windows: of `sweep`, `policies` and `eval` records.
+
+    `way` is the strategy that repaired the plan, `zs` for none, or how bits were rounded where not to the nearest.
+    """
     found, full = [], {}
     for record in (r for r in records if r["tp"] == tp and (r["model"] or {}).get("fingerprint") == fingerprint):
         result, data = record["result"], str(record["data"])
         for row in result.get("curve") or result.get("policies") or [result] * (record["command"] == "eval"):
-            way = row.get("strategy") or ("kept" if "name" in row and "kept, " in row["name"] else "zs")
+            rounded = row.get("name", "").partition("kept, ")[2].replace("kept", "")
+            repaired = "repaired" * (record["command"] == "eval" and bool(record["config"].get("plan")))
+            way = row.get("strategy") or rounded or repaired or "zs"
             found.append({"way": way, "record": record["id"], **{k: row[k] for k in ("plan", "nats")}, "data": data})
             full |= {data: row["nats"]} if not set(row["plan"]) - set("F ") else {}
     return [row | {"lost": row["nats"] - full[row["data"]]} for row in found if row["data"] in full]
+
+
+def timed(records: list[dict], fingerprint: str) -> Iterator[dict]:
+    """Of a model's `bench` records over emulated links: every plan's medians (ms), everything full's first."""
+    for record in records:
+        result = record["result"]
+        if record["command"] == "bench" and result["link"] and record["model"]["fingerprint"] == fingerprint:
+            same = {key: result[key] for key in ("link", "tp", "batch", "prompt_len")}
+            for row in (result["bounds"]["all_full"], *result["plans"]):
+                medians = {f"{kind}_ms": (row[f"{kind}_ms"] or {}).get("median") for kind in ("ttft", "tpot")}
+                yield same | {"plan": row["plan"], **medians}
 
 
 @command(
@@ -92,8 +108,10 @@ def answers(session) -> None:
     """What ways to spare communication take on LLaMA2-70B over links, by prediction, and lose on SmolLM2, measured."""
     o, scored = session.options, read_sensitivity(session.options.sensitivity)
     config, described, _ = session.shape()
-    known = measured(load_records([o.measured]), scored["model"]["fingerprint"], scored["tp"])
+    records, fingerprint = load_records([o.measured]), scored["model"]["fingerprint"]
+    known = measured(records, fingerprint, scored["tp"])
     result = {"predicted": [*predicted(scored["scores"])], "measured": known, "nats": NATS, "gpu": GPU, "shape": SHAPE}
+    result["timed"] = [*timed(records, fingerprint)]
     result["fronts"] = [*fronts(scored["scores"], config, scored["tp"], known)]
     session.publish(result, described, scored.get("data"), scored["tp"])
 

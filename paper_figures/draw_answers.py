@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from spd.report import canvas, finish
 from spd.tables import Record, Table, newest, subject, value
 
+TIMES = ["ttft_ms", "tpot_ms"]
+
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """Predicted times; measured losses; losses against predicted times."""
+    """Predicted times; measured losses; losses against predicted times; measured times."""
     record = newest(records, "answers")
-    return [] if record is None else [_predicted(record), _lost(record), _fronts(record)]
+    return [] if record is None else [_predicted(record), _lost(record), _fronts(record), _timed(record)]
 
 
 def _shares(letters: str) -> str:
@@ -58,9 +60,18 @@ def _fronts(record: Record) -> Table:
     return Table("fronts", caption, pd.DataFrame(value(record, "result", "fronts")), [record])
 
 
+def _timed(record: Record) -> Table:
+    frame = pd.DataFrame(
+        value(record, "result", "timed"), columns=["link", "tp", "batch", "prompt_len", "plan", *TIMES]
+    )
+    frame["plan"] = frame["plan"].map(_shares)
+    caption = f"Measured times of {subject(record).split(' at ')[0]}, a process a shard, over emulated links: medians."
+    return Table("times", caption, frame.drop_duplicates(), [record], ".1f")
+
+
 def figures(records: Sequence[Record]) -> dict[str, Figure]:
     """Loss against time: SPD alone, few bits alone, mixed, on four links."""
-    return {table.name: finish(_panels(table), table.caption, table.records) for table in tables(records)[2:]}
+    return {table.name: finish(_panels(table), table.caption, table.records) for table in tables(records)[2:3]}
 
 
 def _panels(table: Table) -> Figure:
