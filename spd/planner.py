@@ -95,13 +95,14 @@ class Sensitivities(BaseModel, strict=True, extra="allow"):
     tp: int
     sensitivity: list[FiniteFloat] | None = Field(None, min_length=1)
     scores: dict[str, dict[str, list[FiniteFloat]]] | None = None  # instead: of each point and policy
+    losses: dict[str, dict[str, list[FiniteFloat]]] | None = None  # estimated with them
     sensitivity_nats: list[FiniteFloat] | None = None
     perplexity_from: list[FiniteFloat] | None = None  # L + 1
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
         if self.sensitivity is None:
-            self.sensitivity = ((self.scores or {}).get("attention") or {}).get("drop")
+            self.sensitivity = ((self.losses or self.scores or {}).get("attention") or {}).get("drop")
         if not self.sensitivity:
             raise ValueError("it holds neither sensitivities nor scores of dropping attention syncs")
         blocks = len(self.sensitivity)
@@ -115,7 +116,7 @@ class Sensitivities(BaseModel, strict=True, extra="allow"):
 def read_sensitivity(path: Path, fingerprint: str | None = None, tp: int | None = None) -> dict:
     """The document that `sensitivity --out` wrote; with `fingerprint` or `tp`, only one made for them.
 
-    Where it holds `scores`, its `sensitivity` are those of dropping the attention syncs.
+    Where it holds `scores`, its `sensitivity` are the estimated losses of dropping the attention syncs.
     """
     found = parsed(path, Sensitivities, "was not written by the sensitivity command (--out)")
     if fingerprint not in (None, found.model.fingerprint):

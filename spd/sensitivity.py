@@ -66,30 +66,33 @@ def sensitivity(model: Transformer, tokens: Tensor, progress: Progress = silent)
 def scores(model: Transformer, tokens: Tensor, policies: Sequence[Policy], progress: Progress = silent) -> dict:
     """What a policy costs at each sync point, to first order, from one forward and backward pass over windows (W, T).
 
-    A score is the root of the mean over tokens of (g . delta)^2. delta (D,) is the change that the policy makes, on
-    the original's inputs, to a token's stream where everything is next synchronised: one sync point later. g is the
-    gradient there of the loss in nats, summed over predictions. What the last MLP point leaves is flushed: it scores 0.
-    `progress` is told of sync points, 2 L of each window.
+    With delta (D,) the change that the policy makes, on the original's inputs, to a token's stream where everything is
+    next synchronised, one sync point later, and g the gradient there of the loss in nats, summed over predictions, a
+    token's change of the loss is c = g . delta to first order, and c + c^2 / 2 with Fisher's information in the
+    Hessian's place. A score is the root of the mean over tokens of c^2. A loss is the mean of c + c^2 / 2, of whose
+    terms each is cut at a nat (the second grows linearly there): further off no expansion says anything. What the last
+    MLP point leaves is flushed: 0. `progress` is told of sync points, 2 L of each window.
 
-    Gives `scores` of each point (`attention`, `mlp`), policy and block, `tokens`, `windows`.
+    Gives `scores` and `losses` of each point (`attention`, `mlp`), policy and block, `tokens`, `windows`.
     """
-    points = 2 * len(model.blocks)
-    squares = torch.zeros(len(policies), points, dtype=torch.double)
+    totals = torch.zeros(2, len(policies), 2 * len(model.blocks), dtype=torch.double)
     for batch in batches(tokens):
-        squares += _squares(model, batch.to(model.embedding.weight.device), policies, progress)
-    found = (squares / tokens.numel()).sqrt()
-    if not found.isfinite().all():
+        totals += _totals(model, batch.to(model.embedding.weight.device), policies, progress)
+    squares, losses = totals / tokens.numel()
+    if not totals.isfinite().all():
         raise SPDError("The scores are not finite.")
-    by_point = {
-        point: {policy.name: row[i::2].tolist() for policy, row in zip(policies, found, strict=True)}
-        for i, point in enumerate(POINTS)
-    }
+
+    def by_point(found: Tensor) -> dict:
+        rows = dict(zip([policy.name for policy in policies], found, strict=True))
+        return {point: {name: row[i::2].tolist() for name, row in rows.items()} for i, point in enumerate(POINTS)}
+
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
-    return {"scores": by_point, "tokens": predictions, "windows": tokens.shape[0]}
+    found = {"scores": by_point(squares.sqrt()), "losses": by_point(losses)}
+    return found | {"tokens": predictions, "windows": tokens.shape[0]}
 
 
-def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy], progress: Progress) -> Tensor:
-    """Sums over tokens of (g . delta)^2, of every policy at every sync point: (policies, 2 L), of windows (B, T)."""
+def _totals(model: Transformer, batch: Tensor, policies: Sequence[Policy], progress: Progress) -> Tensor:
+    """Sums over tokens of c^2 and of a loss's terms, for every policy and sync point: (2, policies, 2 L)."""
     shards, produced, synced = model.shards, [], []
     with torch.enable_grad():
         stream = model.embed(batch)
@@ -103,14 +106,16 @@ def _squares(model: Transformer, batch: Tensor, policies: Sequence[Policy], prog
             model.logits(stream)[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
         )
         gradients = torch.autograd.grad(loss, synced)
-    squares = torch.zeros(len(policies), len(synced), dtype=torch.double)
+    totals = torch.zeros(2, len(policies), len(synced), dtype=torch.double)
     with torch.no_grad():
         for n, before in enumerate(produced[:-1]):
             gradient = shards.all_reduce(gradients[n + 1].clone(), "gradients") / shards.world
-            for row, policy in zip(squares, policies, strict=True):
+            for i, policy in enumerate(policies):
                 changed = shards.sync(before, policy, POINTS[n % 2])
                 delta = shards.flush(model.produce(n + 1, changed, context)).x - synced[n + 1]
-                row[n] = (gradient * delta).sum(-1, dtype=torch.double).square().sum()
+                c = (gradient * delta).sum(-1, dtype=torch.double)
+                second = F.huber_loss(c, torch.zeros_like(c), reduction="sum")
+                totals[:, i, n] = torch.stack((c.square().sum(), c.clamp(-1, 1).sum() + second))
             progress(len(batch))
     progress(len(batch))  # the last point
-    return squares
+    return totals

@@ -77,7 +77,7 @@ def test_scores_rank_blocks_without_classes(spd, common, tmp_path):
         "sensitivity", *common, "--windows", 4, "--fast", "--policies", "drop,int4", "--out", "s.json"
     )
     assert code == 0 and result["windows"] == 4 and set(result["scores"]) == {"attention", "mlp"}, err
-    dropping = result["scores"]["attention"]["drop"]
+    dropping = result["losses"]["attention"]["drop"]
     assert len(dropping) == len(result["scores"]["mlp"]["int4"]) == 3 and "sensitivity" not in result
     code, plan, err = spd("plan", "s.json", "--budget", 2, "--out", "plan.json")
     assert code == 0 and plan["classes"] == [None] * 3 and sorted(plan["treatments"]) == ["drop", "drop", "keep"], err

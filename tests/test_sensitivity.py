@@ -124,15 +124,18 @@ def test_scores_are_gradients_times_changes(words):
         assert found["scores"]["mlp"][name][-1] == 0
         for point, plan in (("attention", f"FF {letters}F FF"), ("mlp", f"F{letters} FF FF")):
             block = 1 if point == "attention" else 0
-            expected = _directional(transformer, tokens, Plan.from_letters(plan), point, block)
-            assert found["scores"][point][name][block] == pytest.approx(expected, rel=1e-4)
+            c = _directional(transformer, tokens, Plan.from_letters(plan), point, block)
+            assert found["scores"][point][name][block] == pytest.approx(c.square().mean().sqrt().item(), rel=1e-4)
+            second = torch.where(c.abs() < 1, c.square() / 2, c.abs() - 0.5)
+            expected = (c.clip(-1, 1) + second).mean().item()
+            assert found["losses"][point][name][block] == pytest.approx(expected, rel=1e-4, abs=1e-8)
     assert found["windows"] == 2 and found["tokens"] == 2 * 15
     assert all(value > 0 for value in found["scores"]["attention"]["drop"])
 
 
 @torch.no_grad()
 def _directional(transformer, tokens, plan, point, block):
-    """Of block 1's output (attention) or its attention's (MLP of block 0): sqrt(mean over tokens of (dL/de)^2)."""
+    """Of block 1's output (attention) or its attention's (MLP of block 0): dL/de of every token's change."""
     shards, streams = transformer.shards, {}
     for name, each in (("full", Plan.full(3)), ("changed", plan)):
         stream = transformer.embed(tokens)
@@ -160,4 +163,4 @@ def _directional(transformer, tokens, plan, point, block):
             step = torch.zeros_like(delta)
             step[row, token] = 1e-6 * delta[row, token]
             slopes.append((loss(x + step) - loss(x - step)) / 2e-6)
-    return torch.tensor(slopes).square().mean().sqrt().item()
+    return torch.tensor(slopes)
