@@ -26,7 +26,7 @@ def _losses(record: Record) -> Table:
     data = record["data"]
     caption = (
         "Loss over all full (nats a token, nothing repaired) and bytes, of those of 16-bit values at every point. The"
-        " last MLP's point is full but where said. Bits: both rounding errors are lost or kept pending; other roundings"
+        " last MLP's point is full but where said. Dropped: so many attention syncs. Bits: both rounding errors are lost or kept pending; other roundings"
         f" than to the nearest in blocks of 32 values stand in. {subject(record)}; {data['windows']} windows of"
         f" {data['seq_len']} tokens of {Path(data['text']).name}; {machine(record)}."
     )
