@@ -26,9 +26,9 @@ def _losses(record: Record) -> Table:
     data = record["data"]
     caption = (
         "Loss over all full (nats a token, nothing repaired) and bytes, of those of 16-bit values at every point. The"
-        " last MLP's point is full but where said. Dropped: so many attention syncs. Bits: both rounding errors are lost or kept pending; other roundings"
-        f" than to the nearest in blocks of 32 values stand in. {subject(record)}; {data['windows']} windows of"
-        f" {data['seq_len']} tokens of {Path(data['text']).name}; {machine(record)}."
+        " last MLP's point is full but where said. Dropped: so many attention syncs. Bits: both rounding errors are"
+        f" lost or kept pending; other than to the nearest in blocks of 32 values stand in. {subject(record)};"
+        f" {data['windows']} windows of {data['seq_len']} tokens of {Path(data['text']).name}; {machine(record)}."
     )
     return Table("losses", caption, frame, [record], ".4g")
 
