@@ -18,7 +18,10 @@ from spd.engines import CALLS, WARMUP
 ROOT = Path(__file__).parent.parent
 STAGES = ("sensitivity", "b2b+hg", "closed-form", "eval", "bench", "compiled")
 MIB = 2**20
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the guard of fake GPUs needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the guard of fake GPUs needs a C++ compiler"),
+    pytest.mark.xdist_group("gpu"),  # on one worker: its fixtures take minutes
+]
 
 
 def commands(folder: Path, rank: int, world: int, *stages: str) -> dict:

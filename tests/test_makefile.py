@@ -77,7 +77,7 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
-WORKERS = " --numprocesses 2 --dist worksteal"
+WORKERS = " --numprocesses 2 --dist loadgroup"
 PYTEST = f".conda/bin/python -m pytest{WORKERS}"
 PYTEST_IN_VENV = f".venv/bin/python -m pytest{WORKERS}"
 VENV = ["python3 -m venv .venv", ".venv/bin/python -m pip install --no-input --editable ."]
