@@ -311,7 +311,8 @@ def _repair(case: Case, recipe: Recipe, progress: Progress) -> tuple[dict, list[
     transformer, stretch, seed = case.inputs.model, case.stretch, recipe.seed + 1000 * (case.index + 1)
     treatment = recipe.treatment(case.block_class, stretch.drops_attention)
     before = snapshot(transformer, stretch.blocks)
-    objective = towards_output(case.inputs, stretch, case.targets)
+    relative = recipe.block is not None and recipe.block.relative
+    objective = towards_output(case.inputs, stretch, case.targets, relative)
     losing = dict.fromkeys(policy.name for policy in stretch.policies if policy != FULL)
     note = _note(case.index, case.block_class, ", ".join((*treatment, *losing)), objective.held_out())
     try:

@@ -142,12 +142,18 @@ class Objective:
         return {kind: [p for name, p in named if (name in self.model.sharded) is kind] for kind in (True, False)}
 
 
-def towards_output(inputs: Activations, stretch: Stretch, targets: Activations) -> Objective:
-    """The sublayers of a stretch are to map `inputs` to `targets` (mean squared error); others are not reached."""
+def towards_output(inputs: Activations, stretch: Stretch, targets: Activations, relative: bool = False) -> Objective:
+    """The sublayers of a stretch are to map `inputs` to `targets` (mean squared error); others are not reached.
+
+    `relative`: each token's error over the mean square of its target. What reads the stream norms it, so that the few
+    tokens whose stream is a thousand times as long as others', as many models' first one, count like any other.
+    """
 
     def loss(rows: slice) -> Tensor:
-        found = inputs.run(rows, stretch.end, stretch.policies)
-        return F.mse_loss(found.float(), targets.on_device(rows).float())
+        found, wanted = inputs.run(rows, stretch.end, stretch.policies).float(), targets.on_device(rows).float()
+        if not relative:
+            return F.mse_loss(found, wanted)
+        return ((found - wanted).square().mean(-1) / wanted.square().mean(-1)).mean()
 
     return Objective(inputs.model, inputs.windows, [*stretch.blocks], loss)
 
@@ -175,7 +181,7 @@ class Schedule:
     epochs: int
     learning_rate: float  # Adam's; with `relative`, a share of each parameter's root mean square
     optimizer: str = "adam"
-    relative: bool = False  # makes one learning rate serve models whose weights differ in scale
+    relative: bool = False  # one learning rate serves models whose weights differ in scale, and so do errors of tokens
     decay: bool = False  # warm up, then follow a cosine to zero, with gradients clipped
     keep_best: bool = False  # end with the weights of the epoch that did best on held-out windows
 

@@ -221,12 +221,22 @@ def test_sublayers_learn_what_the_original_gave_where_all_is_next_synchronised(
     """Also the original's stream goes on through sublayers that another repair has not touched yet."""
     seen, made, expected = [], training.towards_output, states(folder)
 
-    def recorded(inputs, stretch, targets):
+    def recorded(inputs, stretch, targets, relative):
+        assert relative == recipe.block.relative
         torch.testing.assert_close(targets.values[:10], expected[stretch.end][:10], atol=1e-4, rtol=1e-4)
         if not recipe.students_inputs:
             torch.testing.assert_close(inputs.values[:10], expected[stretch.first][:10], atol=1e-4, rtol=1e-4)
         seen.append(stretch)
-        return made(inputs, stretch, targets)
+        objective = made(inputs, stretch, targets, relative)
+        if relative:  # a token's error counts by its stream's size
+            found, wanted = inputs.run(slice(10, 12), stretch.end, stretch.policies), targets.values[10:12]
+            shares = [
+                ((f - w).square().mean() / w.square().mean()).item() for f, w in zip(found[0], wanted[0], strict=True)
+            ]
+            assert made(inputs, stretch, targets, True).loss(slice(10, 11)).item() == pytest.approx(
+                sum(shares) / len(shares), rel=1e-4
+            )
+        return objective
 
     monkeypatch.setattr("spd.distill.towards_output", recorded)
     plan = {"policies": Plan.from_letters(letters, 2).policies(), "group": 2}

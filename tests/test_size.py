@@ -22,7 +22,7 @@ def lines(*files: Path) -> int:
 
 
 def test_library_and_scripts():
-    assert lines(*LIBRARY) <= 9699 and len(LIBRARY) <= 45
+    assert lines(*LIBRARY) <= 9706 and len(LIBRARY) <= 45
     assert lines(*SCRIPTS) <= 3455
 
 
