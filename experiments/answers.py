@@ -81,7 +81,8 @@ def measured(records: list[dict], fingerprint: str, tp: int) -> list[dict]:
         result, data = record["result"], str(record["data"])
         for row in result.get("curve") or result.get("policies") or [result] * (record["command"] == "eval"):
             rounded = row.get("name", "").partition("kept, ")[2].replace("kept", "")
-            repaired = "repaired" * (record["command"] == "eval" and bool(record["config"].get("plan")))
+            folder = Path(record["config"].get("plan") or ".json") if record["command"] == "eval" else Path(".json")
+            repaired = "" if folder.name.endswith(".json") else "repaired"
             way = row.get("strategy") or rounded or repaired or "zs"
             found.append({"way": way, "record": record["id"], **{k: row[k] for k in ("plan", "nats")}, "data": data})
             full |= {data: row["nats"]} if not set(row["plan"]) - set("F ") else {}
