@@ -76,8 +76,9 @@ def measured(records: list[dict], fingerprint: str, tp: int) -> list[dict]:
 
     `way` is the strategy that repaired the plan, `zs` for none, or how bits were rounded where not to the nearest.
     """
-    found, full = [], {}
-    for record in (r for r in records if r["tp"] == tp and (r["model"] or {}).get("fingerprint") == fingerprint):
+    found, full, of = [], {}, ("sweep", "policies", "eval")
+    mine = [r for r in records if r["tp"] == tp and (r["model"] or {}).get("fingerprint") == fingerprint]
+    for record in (r for r in mine if r["command"] in of):
         result, data = record["result"], str(record["data"])
         for row in result.get("curve") or result.get("policies") or [result] * (record["command"] == "eval"):
             rounded = row.get("name", "").partition("kept, ")[2].replace("kept", "")
