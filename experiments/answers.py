@@ -80,12 +80,13 @@ def measured(records: list[dict], fingerprint: str, tp: int) -> list[dict]:
     mine = [r for r in records if r["tp"] == tp and (r["model"] or {}).get("fingerprint") == fingerprint]
     for record in (r for r in mine if r["command"] in of):
         result, data = record["result"], str(record["data"])
+        same = {"record": record["id"], "data": data, "text": Path((record["data"] or {}).get("text", "")).stem}
         for row in result.get("curve") or result.get("policies") or [result] * (record["command"] == "eval"):
             rounded = row.get("name", "").partition("kept, ")[2].replace("kept", "")
             folder = Path(record["config"].get("plan") or ".json") if record["command"] == "eval" else Path(".json")
             repaired = "" if folder.name.endswith(".json") else "repaired"
             way = row.get("strategy") or rounded or repaired or "zs"
-            found.append({"way": way, "record": record["id"], **{k: row[k] for k in ("plan", "nats")}, "data": data})
+            found.append({"way": way, "plan": row["plan"], "nats": row["nats"], **same})
             full |= {data: row["nats"]} if not set(row["plan"]) - set("F ") else {}
     return [row | {"lost": row["nats"] - full[row["data"]]} for row in found if row["data"] in full]
 

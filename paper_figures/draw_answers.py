@@ -41,10 +41,10 @@ def _predicted(record: Record) -> Table:
 
 def _lost(record: Record) -> Table:
     rows = [
-        {"repair": row["way"].replace("zs", "none"), "sync points": _shares(row["plan"]), "lost (nats)": row["lost"]}
+        (row["text"], row["way"].replace("zs", "none"), _shares(row["plan"]), round(row["lost"], 5))
         for row in value(record, "result", "measured")
     ]
-    frame = pd.DataFrame(rows, columns=["repair", "sync points", "lost (nats)"]).drop_duplicates()
+    frame = pd.DataFrame(sorted(set(rows)), columns=["text", "repair or rounding", "sync points", "lost (nats)"])
     caption = f"Measured losses over full, of all records of this model and tp. {subject(record)}."
     return Table("losses", caption, frame, [record])
 

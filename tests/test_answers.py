@@ -58,7 +58,7 @@ def test_the_table_and_the_figure_are_drawn_from_the_record(tmp_path):
     times = [*timed([{"command": "bench", "model": {"fingerprint": "a"}, "result": bench}], "a")]
     assert [(one["ttft_ms"], one["tpot_ms"]) for one in times] == [(2.0, None)] * 2
     config = replace(SHAPES["llama-125m"], num_blocks=BLOCKS)
-    known = [{"way": "zs", "plan": " ".join(["DF"] * BLOCKS), "nats": 3.3, "lost": 0.3}]
+    known = [{"way": "zs", "plan": " ".join(["DF"] * BLOCKS), "nats": 3.3, "lost": 0.3, "text": "t"}]
     result = {"predicted": rows, "measured": known, "nats": 0.05, "gpu": "a100", "shape": "llama2-70b"}
     result["timed"] = times
     result["fronts"] = list(fronts(SCORES, config, 4, known))
