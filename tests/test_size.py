@@ -28,7 +28,7 @@ def test_library_and_scripts():
 
 def test_makefile_and_readme():
     assert lines(ROOT / "Makefile") <= 128  # 110, and what the targets of vLLM, hardening and SmolLM2 take
-    assert lines(ROOT / "README.md") <= 265
+    assert lines(ROOT / "README.md") <= 275  # 230, and what each later issue may add
 
 
 @pytest.mark.parametrize("file", [*LIBRARY, *(f for f in SCRIPTS if f.suffix == ".py")], ids=lambda f: f.stem)
