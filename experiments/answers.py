@@ -60,7 +60,8 @@ def fronts(scores: dict, config: ModelConfig, tp: int, measured: list[dict]) -> 
     for link, (phase, sizes) in product(FRONTS[0], FRONTS[1].items()):
         made, kind = Site(GPU, link=LINKS[link]).prediction(config, tp, *sizes, NEW), PHASES[phase]
         choices, seconds = Choices.of(scores, made, phase), made.time(kind, made.full).total
-        rows = [("measured", Plan.from_letters(row["plan"]), row["lost"]) for row in measured if row["way"] == "zs"]
+        mine = [row for row in measured if row["way"] == "zs" and row["text"] == measured[-1]["text"]]
+        rows = [("measured", Plan.from_letters(row["plan"]), row["lost"]) for row in mine]
         for way, allowed in ALONE.items():
             kept = [[p == FULL or allowed(p, n % 2) for p in choices.policies] for n in range(len(choices.losses))]
             some = replace(choices, losses=np.where(kept, choices.losses, np.inf))
