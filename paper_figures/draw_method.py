@@ -132,7 +132,8 @@ def map_figure(measured: Mapping[tuple[str, str, int], Record]) -> Figure:
     axes = figure.subplots(len(models), 1, height_ratios=heights, squeeze=False)[:, 0]
     for ax, model in zip(axes, models, strict=True):
         frame = pd.DataFrame({f"{text[:26]}, tp={tp}": row for (m, text, tp), row in rows.items() if m == model}).T
-        sns.heatmap(frame.clip(lower=norm.vmin), annot=frame, fmt=".2g", annot_kws={"size": 6}, norm=norm,
+        numbers = frame if frame.shape[1] <= 16 else None  # more have no room
+        sns.heatmap(frame.clip(lower=norm.vmin), annot=numbers, fmt=".2g", annot_kws={"size": 6}, norm=norm,
                     cmap="viridis", cbar=False, ax=ax)  # fmt: skip
         ax.set_title(model, loc="left")
         ax.tick_params(axis="both", rotation=0)
