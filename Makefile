@@ -30,7 +30,7 @@ $(READY):
 env: $(READY)  ## Create the environment (.conda or .venv); other targets do it by themselves
 	@echo "Ready: $(PYTHON)"
 test: $(READY)  ## Run the test suite
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 	@echo "Left out: make check-vllm, what vLLM itself makes of exported folders (355 MB to download once)." >&2
 .vllm/.ready: tests/vllm_requirements.txt | $(READY)
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .vllm -r $< && touch $@
